@@ -1,0 +1,67 @@
+# The front door. `make` lists the targets; each brings what it needs, on a fresh machine too.
+
+TRANSPORT   ?= unix
+SANITIZE    ?=
+PYTEST_ARGS ?=
+
+comma  := ,
+VENV   := .venv/bin/python
+BUILD  := build$(if $(SANITIZE),/sanitize-$(subst $(comma),-,$(SANITIZE)))
+# One build at a time in a tree: the lock is on the directory itself, so nothing is left behind.
+LOCKED := flock --close .make
+
+# The tests and the demo look for the C++ programs here.
+export IPC_BRIDGE_BUILD_DIR := $(CURDIR)/$(BUILD)
+
+# Any finding ends the program that has it, and so fails its test.
+ifneq ($(SANITIZE),)
+export ASAN_OPTIONS  ?= detect_leaks=1:strict_string_checks=1:detect_stack_use_after_return=1
+export UBSAN_OPTIONS ?= halt_on_error=1:print_stacktrace=1
+export TSAN_OPTIONS  ?= halt_on_error=1:second_deadlock_stack=1
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help setup configure build demo test lint format clean distclean
+
+help:  ## list the targets
+	@echo "usage: make TARGET [NAME=value]"; echo
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup:  ## install what is missing: system packages by apt, Python's into .venv
+	@.make/setup
+
+configure: setup
+	@$(LOCKED) cmake -G Ninja -S . -B $(BUILD) -DIPC_BRIDGE_SANITIZE="$(SANITIZE)" >/dev/null
+
+build: configure  ## build the C++ programs (SANITIZE=address,undefined or SANITIZE=thread)
+	@$(LOCKED) cmake --build $(BUILD)
+
+demo: build  ## show the four pairings talk over one transport (TRANSPORT=unix)
+	@$(VENV) -m ipc_bridge.harness.demo $(TRANSPORT)
+
+test: build  ## run all tests (SANITIZE=..., PYTEST_ARGS='-k echo -x')
+	@$(LOCKED) ctest --test-dir $(BUILD) --output-on-failure
+	@$(VENV) -m pytest tests $(PYTEST_ARGS)
+
+CPP_FILES = $(shell find cpp tests -name '*.[ch]pp' 2>/dev/null)
+MYPY_DIRS = $(wildcard python/ipc_bridge python/bare tests)
+
+lint: configure  ## check style and types (ruff, mypy, clang-format)
+	@$(LOCKED) cmake --build $(BUILD) --target proto-python
+	$(VENV) -m ruff check
+	$(VENV) -m ruff format --check
+	$(VENV) -m mypy $(MYPY_DIRS)
+	$(if $(CPP_FILES),clang-format --dry-run -Werror $(CPP_FILES))
+
+format: setup  ## rewrite the sources in the project's style
+	$(VENV) -m ruff check --fix-only
+	$(VENV) -m ruff format
+	$(if $(CPP_FILES),clang-format -i $(CPP_FILES))
+
+clean:  ## remove what was built, and caches
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f python/ipc_bridge/*_pb2.py python/ipc_bridge/*_pb2.pyi python/ipc_bridge/*_pb2_grpc.py
+	find python tests -type d -name __pycache__ -prune -exec rm -rf {} +
+
+distclean: clean  ## clean, and remove .venv as well
+	rm -rf .venv

@@ -1,0 +1,362 @@
+// The client: joins a session to a stream, one call at a time.
+//
+// A client is used by one thread at a time, and not across a fork. More calls at once means more
+// connections, as in HTTP/1.1.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <iterator>
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <ipc_bridge/errors.hpp>
+#include <ipc_bridge/frame.hpp>
+#include <ipc_bridge/session.hpp>
+#include <ipc_bridge/system.hpp>
+
+namespace ipc_bridge {
+
+// A server that says nothing for so long is none of ours.
+inline constexpr double client_hello_timeout_s = 5.0;
+// Default; a server that starts together with its client is up by then.
+inline constexpr double connect_timeout_s = 5.0;
+
+// `window_bytes` is what a stream's server may send ahead of this reader; `payload_bytes_max` is
+// the largest reply or item that this client takes; `timeout` in seconds, none: for ever.
+struct ConnectOptions {
+    std::uint32_t window_bytes = window_bytes_default;
+    std::uint32_t payload_bytes_max = frame::payload_bytes_max;
+    std::optional<double> timeout = connect_timeout_s;
+};
+
+// Where the items of a call come from.
+class ItemSource {
+public:
+    virtual ~ItemSource() = default;
+    virtual std::optional<Bytes> next() = 0;
+    virtual void close() noexcept = 0;
+};
+
+// The items of an open stream, in order; each is a view that lives until the next.
+//
+// Leaving the loop early, `close`, or dropping it cancels the call. Iteration throws CallError for
+// an end that is not OK.
+class Items {
+public:
+    explicit Items(std::unique_ptr<ItemSource> source) : source_(std::move(source)) {}
+    Items(Items&&) = default;
+    Items& operator=(Items&&) = delete;
+    ~Items() { close(); }
+
+    // The next item; nothing at the end.
+    std::optional<Bytes> next() { return source_->next(); }
+
+    // Cancel the call unless it has ended. Idempotent.
+    void close() noexcept {
+        if (source_) {
+            source_->close();
+        }
+    }
+
+    class Iterator {
+    public:
+        using iterator_concept = std::input_iterator_tag;
+        using difference_type = std::ptrdiff_t;
+        using value_type = Bytes;
+        explicit Iterator(ItemSource* source) : source_(source), item_(source->next()) {}
+        Bytes operator*() const { return *item_; }
+        Iterator& operator++() {
+            item_ = source_->next();
+            return *this;
+        }
+        void operator++(int) { ++*this; }
+        bool operator==(std::default_sentinel_t) const { return !item_; }
+
+    private:
+        ItemSource* source_;
+        std::optional<Bytes> item_;
+    };
+    Iterator begin() { return Iterator(source_.get()); }
+    std::default_sentinel_t end() const { return {}; }
+
+private:
+    std::unique_ptr<ItemSource> source_;
+};
+
+// What makes calls: `Client`, or another with the same face.
+class Caller {
+public:
+    virtual ~Caller() = default;
+    virtual Bytes call(std::uint16_t method, Bytes payload = {},
+                       std::optional<double> timeout = std::nullopt) = 0;
+    virtual Items call_stream(std::uint16_t method, Bytes payload = {},
+                              std::optional<double> timeout = std::nullopt) = 0;
+    virtual void close() = 0;
+};
+
+// A connection to a server. Not movable: an open stream refers to it.
+class Client : public Caller {
+public:
+    // Reach a server, waiting up to `options.timeout` seconds for it to start, and exchange hellos.
+    //
+    // Throws Error: UNAVAILABLE at the timeout, INVALID_ARGUMENT, PERMISSION_DENIED,
+    // RESOURCE_EXHAUSTED if the server is full; nothing stays open then.
+    explicit Client(Transport& transport, const ConnectOptions& options = {})
+        : url_(transport.url), session_(options.window_bytes, options.payload_bytes_max) {
+        const std::int64_t by_ns = deadline_after(options.timeout);
+        stream_ = transport.connect(by_ns);
+        meet(std::min(by_ns, deadline_after(client_hello_timeout_s)));
+    }
+    Client(const Client&) = delete;
+    Client& operator=(const Client&) = delete;
+
+    const std::string& url() const { return url_; }
+
+    // Call a unary method and return its reply, a view that lives until the next call.
+    //
+    // `timeout` in seconds; none: wait as long as it takes. Throws UsageError if nothing was sent
+    // (FAILED_PRECONDITION: a stream is open; RESOURCE_EXHAUSTED: too large), CallError with the
+    // server's status, DEADLINE_EXCEEDED, or UNAVAILABLE if the server has gone; the connection
+    // lives after all but UNAVAILABLE, and a deadline met while the request was still being sent.
+    Bytes call(std::uint16_t method, Bytes payload = {},
+               std::optional<double> timeout = std::nullopt) override {
+        start(method, payload, false, timeout);
+        while (event() != Kind::END) {
+        }
+        return session_.payload;
+    }
+
+    // Call a streaming method; the items come as they are iterated. Throws as `call`.
+    Items call_stream(std::uint16_t method, Bytes payload = {},
+                      std::optional<double> timeout = std::nullopt) override {
+        start(method, payload, true, timeout);
+        return Items(std::make_unique<Source>(*this));
+    }
+
+    // The stream's descriptor (see Stream::fileno).
+    int fileno() const { return stream_->fileno(); }
+
+    // Close the connection; an open call is cancelled by that. Idempotent.
+    void close() override {
+        session_.state = State::CLOSED;
+        stream_->close();
+    }
+
+private:
+    class Source : public ItemSource {
+    public:
+        explicit Source(Client& client) : client_(client) {}
+
+        std::optional<Bytes> next() override {
+            if (open_ && at_ < views_->size()) {
+                return (*views_)[at_++];
+            }
+            return more();
+        }
+
+        void close() noexcept override {
+            if (std::exchange(open_, false)) {
+                try {
+                    client_.cancel();
+                } catch (const Error&) {  // the connection is gone, and the call with it
+                }
+            }
+        }
+
+    private:
+        std::optional<Bytes> more() {
+            if (!open_) {
+                return std::nullopt;
+            }
+            ClientSession& session = client_.session_;
+            session.consumed();
+            if (session.outbox.size() != 0) {
+                client_.write();
+            }
+            try {
+                if (client_.is_late()) {
+                    client_.expire();
+                }
+                views_ = &session.items();
+                at_ = 0;
+                if (!views_->empty()) {
+                    return (*views_)[at_++];
+                }
+                if (client_.event() == Kind::ITEM) {
+                    return session.payload;
+                }
+            } catch (...) {
+                open_ = false;
+                throw;
+            }
+            open_ = false;
+            return std::nullopt;
+        }
+
+        static inline const std::vector<Bytes> none_{};
+        Client& client_;
+        const std::vector<Bytes>* views_ = &none_;
+        std::size_t at_ = 0;
+        bool open_ = true;
+    };
+
+    // Send a CALL, whole: its payload is the caller's, who may change it afterwards.
+    void start(std::uint16_t method, Bytes payload, bool streaming, std::optional<double> timeout) {
+        const std::int64_t by_ns = deadline_after(timeout);
+        const std::int64_t left_ms =
+            by_ns == never ? 0 : std::min<std::int64_t>(remaining_ms(by_ns), frame::u32_max);
+        if (left_ms == 0 && by_ns != never) {
+            throw CallError(Status::DEADLINE_EXCEEDED, "the deadline has passed", url_);
+        }
+        session_.decoder.hold();  // the payload may be a view of the last reply
+        try {
+            if (session_.outbox.size() != 0 && session_.state == State::IDLE) {
+                deadline_ns_ = by_ns;  // the CANCEL of the last call
+                send();
+            }
+            session_.call(method, payload, streaming, static_cast<std::uint32_t>(left_ms));
+        } catch (const UsageError& error) {
+            throw UsageError(error.status, error.message, url_);
+        } catch (const CallError& error) {
+            throw CallError(error.status, error.message, url_);
+        }
+        deadline_ns_ = by_ns;
+        calling_ = true;
+        send();
+        calling_ = false;
+    }
+
+    // Write all that is due.
+    void send() {
+        write();
+        while (session_.outbox.size() != 0) {
+            if (decode()) {
+                close();
+                throw ProtocolError("an answer to a call that is still on its way", url_);
+            }
+            read_while_full();
+            write();
+        }
+        session_.decoder.release();
+    }
+
+    // The next event of the open call; what is due is written first. Throws CallError for an END
+    // that is not OK, and at the deadline.
+    Kind event() {
+        while (true) {
+            if (const auto event = decode()) {
+                return *event;
+            }
+            if (session_.outbox.size() != 0) {
+                write();
+            }
+            if (session_.outbox.size() != 0) {
+                read_while_full();
+                continue;
+            }
+            const std::ptrdiff_t count = stream_->read(session_.decoder.space(), deadline_ns_);
+            if (count == would_block || is_late()) {
+                expire();
+            }
+            take(count);
+        }
+    }
+
+    // Whoever cannot write reads meanwhile: never wait for writable alone (FRAME.md).
+    void read_while_full() {
+        if (!stream_->wait(true, true, deadline_ns_) || is_late()) {
+            expire();
+        }
+        take(stream_->try_read(session_.decoder.space()));
+    }
+
+    bool is_late() const { return deadline_ns_ != never && now_ns() >= deadline_ns_; }
+
+    // The next event that is here already. Throws as `event`, and ProtocolError.
+    std::optional<Kind> decode() {
+        std::optional<Kind> event;
+        try {
+            event = session_.next_event();
+        } catch (const ProtocolError& error) {
+            close();
+            throw ProtocolError(error.broken, url_);
+        }
+        if (event == Kind::END && session_.status != Status::OK) {
+            if (session_.state == State::CLOSED) {
+                close();
+            }
+            throw CallError(session_.status, session_.message, url_);
+        }
+        return event;
+    }
+
+    void take(std::ptrdiff_t count) {
+        if (count > 0) {
+            session_.filled(static_cast<std::size_t>(count));
+        } else if (count == end_of_stream) {
+            session_.end_of_input();
+            close();
+            throw CallError(Status::UNAVAILABLE, session_.message, url_);
+        }
+    }
+
+    void write() {
+        frame::Outbox& outbox = session_.outbox;
+        const std::ptrdiff_t count = stream_->try_write(outbox.buffers());
+        if (count > 0) {
+            outbox.sent(static_cast<std::size_t>(count));
+        } else if (count == end_of_stream) {
+            outbox.clear();  // why the server went may still stand in what it sent before
+        }
+    }
+
+    // The deadline has come: give the call up, and the connection too if half of the request is
+    // out.
+    [[noreturn]] void expire() {
+        if (calling_) {
+            close();
+        }
+        cancel();
+        throw CallError(Status::DEADLINE_EXCEEDED, "no answer before the deadline", url_);
+    }
+
+    void cancel() {
+        if (session_.state == State::OPEN) {
+            session_.cancel();
+            write();
+        }
+    }
+
+    void meet(std::int64_t by_ns) {
+        deadline_ns_ = by_ns;
+        try {
+            send();
+            while (session_.state == State::HELLO) {
+                const std::ptrdiff_t count = stream_->read(session_.decoder.space(), by_ns);
+                if (count == would_block) {
+                    throw Error(Status::UNAVAILABLE, "the server said no hello in time", url_);
+                }
+                take(count);
+                decode();
+            }
+        } catch (const CallError& error) {
+            if (error.status == Status::DEADLINE_EXCEEDED) {
+                throw Error(Status::UNAVAILABLE, "the server said no hello in time", url_);
+            }
+            throw;
+        }
+    }
+
+    std::string url_;
+    ClientSession session_;
+    std::unique_ptr<Stream> stream_;
+    std::int64_t deadline_ns_ = never;  // of the open call
+    bool calling_ = false;              // its CALL is not out yet
+};
+
+}  // namespace ipc_bridge

@@ -1,0 +1,248 @@
+// The one map from a URL to a transport. Whoever needs only one transport can do without it.
+//
+//     pipe:///dir            stdio:COMMAND WORDS        unix:///path        tcp://127.0.0.1:5000
+//
+// Options follow as a query: `?wait=block|spin|adaptive` everywhere, `?allow_remote=1` for tcp; that
+// of stdio stands before the command: `stdio:?wait=spin COMMAND WORDS`.
+#pragma once
+
+#include <charconv>
+#include <cstddef>
+#include <initializer_list>
+#include <map>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include <ipc_bridge/client.hpp>
+#include <ipc_bridge/errors.hpp>
+#include <ipc_bridge/server.hpp>
+#include <ipc_bridge/service.hpp>
+#include <ipc_bridge/system.hpp>
+#include <ipc_bridge/transports/pipe.hpp>
+#include <ipc_bridge/transports/stream_socket.hpp>
+
+namespace ipc_bridge {
+namespace endpoint {
+
+using Options = std::map<std::string, std::string>;
+
+[[noreturn]] inline void refuse(const std::string& what, const std::string& url) {
+    throw Error(Status::INVALID_ARGUMENT, what, url);
+}
+
+// %XX of RFC 3986 2.1; what is not one stays.
+inline std::string unquote(std::string_view text) {
+    std::string out;
+    for (std::size_t i = 0; i < text.size(); ++i) {
+        unsigned value = 0;
+        if (text[i] == '%' && i + 2 < text.size() &&
+            std::from_chars(&text[i + 1], &text[i + 3], value, 16).ptr == &text[i + 3]) {
+            out += static_cast<char>(value);
+            i += 2;
+        } else {
+            out += text[i];
+        }
+    }
+    return out;
+}
+
+inline Options options_of(std::string_view query, std::initializer_list<std::string_view> known,
+                          const std::string& url) {
+    Options options;
+    while (!query.empty()) {
+        const auto pair = query.substr(0, query.find('&'));
+        query.remove_prefix(std::min(query.size(), pair.size() + 1));
+        const auto equals = std::min(pair.find('='), pair.size());
+        const std::string name = unquote(pair.substr(0, equals));
+        if (std::find(known.begin(), known.end(), name) == known.end()) {
+            refuse("unknown option " + name, url);
+        }
+        options[name] = unquote(pair.substr(std::min(equals + 1, pair.size())));
+    }
+    return options;
+}
+
+inline Wait wait_of(const Options& options, const std::string& url) {
+    const auto found = options.find("wait");
+    if (found == options.end() || found->second == "adaptive") {
+        return Wait::ADAPTIVE;
+    }
+    if (found->second == "block") {
+        return Wait::BLOCK;
+    }
+    if (found->second == "spin") {
+        return Wait::SPIN;
+    }
+    refuse("wait is block, spin or adaptive", url);
+}
+
+inline bool flag_of(const Options& options, const std::string& name, const std::string& url) {
+    const auto found = options.find(name);
+    if (found == options.end() || found->second == "0") {
+        return false;
+    }
+    if (found->second != "1") {
+        refuse(name + " is 0 or 1", url);
+    }
+    return true;
+}
+
+// The parts of `scheme://authority/path?query`.
+struct Parts {
+    std::string scheme;
+    std::string authority;
+    std::string path;
+    std::string query;
+};
+
+inline Parts split(const std::string& url) {
+    Parts parts;
+    const auto colon = url.find(':');
+    parts.scheme = url.substr(0, colon);
+    std::string rest = url.substr(colon + 1);
+    rest = rest.substr(0, rest.find('#'));
+    const auto question = std::min(rest.find('?'), rest.size());
+    parts.query = rest.substr(std::min(question + 1, rest.size()));
+    rest.resize(question);
+    if (rest.starts_with("//")) {
+        const auto slash = std::min(rest.find('/', 2), rest.size());
+        parts.authority = rest.substr(2, slash - 2);
+        rest.erase(0, slash);
+    }
+    parts.path = unquote(rest);
+    return parts;
+}
+
+inline std::pair<std::string, Options> path_of(const std::string& url) {
+    const Parts parts = split(url);
+    if (!parts.authority.empty() || !parts.path.starts_with("/")) {
+        refuse(parts.scheme + " takes an absolute path: " + parts.scheme + ":///path", url);
+    }
+    return {parts.path, options_of(parts.query, {"wait"}, url)};
+}
+
+inline std::unique_ptr<Transport> make_unix(const std::string& url) {
+    auto [path, options] = path_of(url);
+    return std::make_unique<Unix>(path, wait_of(options, url));
+}
+
+inline std::unique_ptr<Transport> make_tcp(const std::string& url) {
+    const Parts parts = split(url);
+    const auto colon = parts.authority.rfind(':');
+    int port = -1;
+    std::string host;
+    if (colon != std::string::npos) {
+        host = parts.authority.substr(0, colon);
+        const char* end = parts.authority.data() + parts.authority.size();
+        const auto parsed = std::from_chars(&parts.authority[colon] + 1, end, port);
+        port = parsed.ec == std::errc() && parsed.ptr == end && port <= 65535 ? port : -1;
+        if (host.starts_with("[") && host.ends_with("]")) {
+            host = host.substr(1, host.size() - 2);
+        }
+    }
+    if (host.empty() || port < 0 || (!parts.path.empty() && parts.path != "/")) {
+        refuse("tcp takes a host and a port", url);
+    }
+    const Options options = options_of(parts.query, {"wait", "allow_remote"}, url);
+    return std::make_unique<Tcp>(host, port, wait_of(options, url),
+                                 flag_of(options, "allow_remote", url));
+}
+
+inline std::unique_ptr<Transport> make_pipe(const std::string& url) {
+    auto [path, options] = path_of(url);
+    return std::make_unique<Pipe>(path, wait_of(options, url));
+}
+
+// A command line's words, quoted as a shell's are (POSIX 2.2: backslash, '...' and "...").
+inline std::vector<std::string> words_of(std::string_view command, const std::string& url) {
+    std::vector<std::string> words;
+    std::string word;
+    bool is_word = false;
+    char quote = 0;
+    for (std::size_t i = 0; i < command.size(); ++i) {
+        const char c = command[i];
+        const bool escapes = c == '\\' && quote != '\'';
+        if (escapes && i + 1 < command.size()) {
+            const char next = command[++i];
+            if (quote == '"' && next != '"' && next != '\\') {
+                word += c;
+            }
+            word += next;
+            is_word = true;
+        } else if (escapes) {
+            refuse("a quote is not closed", url);
+        } else if (quote != 0 ? c == quote : c == '\'' || c == '"') {
+            quote = quote != 0 ? '\0' : c;
+            is_word = true;
+        } else if (quote == 0 && (c == ' ' || c == '\t' || c == '\n' || c == '\r')) {
+            if (std::exchange(is_word, false)) {
+                words.push_back(std::exchange(word, {}));
+            }
+        } else {
+            word += c;
+            is_word = true;
+        }
+    }
+    if (quote != 0) {
+        refuse("a quote is not closed", url);
+    }
+    if (is_word) {
+        words.push_back(word);
+    }
+    return words;
+}
+
+// A command's words may hold any character, so the query stands before them, if at all.
+inline std::unique_ptr<Transport> make_stdio(const std::string& url) {
+    std::string_view command = std::string_view(url).substr(std::string_view("stdio:").size());
+    std::string_view query;
+    if (command.starts_with("?")) {
+        query = command.substr(1, command.find(' ') - 1);
+        command.remove_prefix(std::min(command.size(), query.size() + 2));
+    }
+    return std::make_unique<Stdio>(words_of(command, url),
+                                   wait_of(options_of(query, {"wait"}, url), url));
+}
+
+struct Scheme {
+    std::string_view name;
+    std::unique_ptr<Transport> (*make)(const std::string& url);
+};
+inline constexpr Scheme schemes[] = {
+    {"pipe", make_pipe},
+    {"stdio", make_stdio},
+    {"unix", make_unix},
+    {"tcp", make_tcp},
+};
+
+}  // namespace endpoint
+
+// The transport that a URL names. Throws Error: INVALID_ARGUMENT.
+inline std::unique_ptr<Transport> make_transport(const std::string& url) {
+    const auto colon = url.find(':');
+    std::string known;
+    for (const endpoint::Scheme& scheme : endpoint::schemes) {
+        if (colon != std::string::npos && scheme.name == std::string_view(url).substr(0, colon)) {
+            return scheme.make(url);
+        }
+        known += (known.empty() ? "" : ", ") + std::string(scheme.name);
+    }
+    endpoint::refuse("unknown scheme; known are " + known, url);
+}
+
+// Reach the server at `url`; the options and errors are those of Client.
+inline Bridge connect(const std::string& url, const ConnectOptions& options = {}) {
+    return Bridge(std::make_unique<Client>(*make_transport(url), options));
+}
+
+// Become the server of `url`; `run` what it returns. The options and errors are those of Server;
+// the service is echo and stream unless given.
+inline std::unique_ptr<Server> serve(const std::string& url, Service service = make_service(),
+                                     const ServeOptions& options = {}) {
+    return std::make_unique<Server>(*make_transport(url), std::move(service), options);
+}
+
+}  // namespace ipc_bridge

@@ -1,0 +1,591 @@
+// The server: one thread a connection, each the same loop: read, step the session, flush.
+//
+// A handler is called with its Call and the request, a view that lives until the handler is done:
+//
+//     Payload unary(Call& call, Bytes request)
+//     Producer streaming(Call& call, Bytes request)   // gives an item, a Pause, or nothing: the end
+//
+// and may block. Throw Error to end the call with a status; anything else ends it with INTERNAL.
+// (Python returns an iterator where C++ returns a function: C++20 has no generators.)
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstddef>
+#include <cstdint>
+#include <exception>
+#include <functional>
+#include <list>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <system_error>
+#include <thread>
+#include <utility>
+#include <variant>
+#include <vector>
+
+#include <ipc_bridge/errors.hpp>
+#include <ipc_bridge/frame.hpp>
+#include <ipc_bridge/session.hpp>
+#include <ipc_bridge/system.hpp>
+
+namespace ipc_bridge {
+
+// A client that says nothing for so long is gone.
+inline constexpr double server_hello_timeout_s = 5.0;
+// Of small items for one write; more gains nothing.
+inline constexpr std::size_t batch_bytes = 64U << 10;
+// Items made between two looks at the clock: at most these wait for a batch.
+inline constexpr int stride_items_max = 16;
+// A stride that takes longer is sent at once.
+inline constexpr std::int64_t stride_ns = 20'000;
+// Default; each costs a thread and 256 KiB of buffer.
+inline constexpr std::size_t clients_max_default = 256;
+// Connections that have not said HELLO; beyond, the oldest is dropped.
+inline constexpr std::size_t strangers_max = 256;
+// Default; for running calls when the server is told to stop.
+inline constexpr double grace_s_default = 1.0;
+// Then, for handlers to notice that they are cut.
+inline constexpr double cut_s = 0.5;
+
+// In place of an item: nothing before `until_ns` (monotonic). The connection goes on reading
+// meanwhile, so a cancel ends it; unlike Call::sleep it occupies no thread of a shared loop.
+struct Pause {
+    std::int64_t until_ns;
+};
+
+// Bytes that a handler gives back: its own, or a view of what lives until the next item is asked
+// for, or (of a reply) as long as the request. (Python's buffers know their owner.)
+class Payload {
+public:
+    Payload() = default;
+    Payload(Bytes view) : data_(view) {}
+    Payload(std::vector<std::byte> bytes) : data_(std::move(bytes)) {}
+    Payload(std::string text) : data_(std::move(text)) {}
+
+    Bytes bytes() const {
+        if (const auto* view = std::get_if<Bytes>(&data_)) {
+            return *view;
+        }
+        if (const auto* own = std::get_if<std::vector<std::byte>>(&data_)) {
+            return *own;
+        }
+        return bytes_of(std::get<std::string>(data_));
+    }
+
+private:
+    std::variant<Bytes, std::vector<std::byte>, std::string> data_;
+};
+
+class Call;
+using Item = std::variant<Payload, Pause>;
+using Producer = std::function<std::optional<Item>()>;
+using UnaryHandler = std::function<Payload(Call&, Bytes)>;
+using StreamHandler = std::function<Producer(Call&, Bytes)>;
+
+// Methods by number, each with its handler.
+class Service {
+public:
+    // Register a method that answers once.
+    void unary(std::uint16_t method, UnaryHandler handler) { unary_[method] = std::move(handler); }
+
+    // Register a method that answers with a stream of items.
+    void streaming(std::uint16_t method, StreamHandler handler) {
+        streaming_[method] = std::move(handler);
+    }
+
+    // Throws Error: UNIMPLEMENTED.
+    const UnaryHandler& find_unary(std::uint16_t method) const {
+        const auto found = unary_.find(method);
+        if (found == unary_.end()) {
+            throw Error(Status::UNIMPLEMENTED, "no unary method " + std::to_string(method));
+        }
+        return found->second;
+    }
+
+    // Throws Error: UNIMPLEMENTED.
+    const StreamHandler& find_streaming(std::uint16_t method) const {
+        const auto found = streaming_.find(method);
+        if (found == streaming_.end()) {
+            throw Error(Status::UNIMPLEMENTED, "no streaming method " + std::to_string(method));
+        }
+        return found->second;
+    }
+
+private:
+    std::map<std::uint16_t, UnaryHandler> unary_;
+    std::map<std::uint16_t, StreamHandler> streaming_;
+};
+
+class Connection;
+
+// What a handler knows of the call it answers.
+class Call {
+public:
+    Call(Connection& connection, std::int64_t deadline) : deadline_ns(deadline), connection_(connection) {}
+
+    const std::int64_t deadline_ns;
+
+    // Look at the input: has the client cancelled or gone, or is the deadline past?
+    bool is_cancelled();
+
+    // Sleep; ends early when `is_cancelled`. Items made so far are sent first.
+    void sleep(double seconds);
+
+    // The largest payload that the client takes.
+    std::uint32_t peer_payload_bytes_max() const;
+
+private:
+    Connection& connection_;
+};
+
+// One client: its session, its stream, and the call that runs.
+//
+// `run` is the loop of a connection's thread: `step` does all that can be done without input,
+// `exchange` waits for what the session needs next and reads it.
+class Connection {
+public:
+    Connection(std::unique_ptr<Stream> stream_, const Service& service, std::uint32_t window_bytes,
+               std::uint32_t size_max, std::function<void(Connection&)> on_hello)
+        : stream(std::move(stream_)), session(window_bytes, size_max), service_(service),
+          on_hello_(std::move(on_hello)),
+          hello_deadline_ns_(deadline_after(server_hello_timeout_s)) {}
+
+    std::unique_ptr<Stream> stream;
+    ServerSession session;
+    std::atomic<bool> is_idle = false;   // no call is running: may be interrupted to drain
+    std::atomic<bool> draining = false;  // set from another thread: take no further call
+    std::atomic<bool> cut = false;       // set from another thread: the grace is over
+
+    // Serve the client until it goes, breaks the rules, or the server stops.
+    void run() {
+        try {
+            while (step()) {
+                exchange();
+            }
+        } catch (const ProtocolError& error) {
+            session.farewell(error.status, error.message);
+        } catch (const Error& error) {  // a refusal, a system call that failed
+            session.farewell(error.status, error.message);
+        }
+        session.outbox.own();  // what is not sent yet may be the handler's, which goes now
+        close_handler();
+        try {
+            flush();
+        } catch (const Error&) {  // there is nobody to tell
+        }
+    }
+
+    // Do all that can be done without input; false once the connection is over.
+    bool step() {
+        if (draining) {
+            session.drain();
+        }
+        while (true) {
+            flush();
+            if (session.state == State::CLOSED) {
+                return false;
+            }
+            if (session.state == State::RUNNING) {
+                session.next_event();  // takes in CREDIT, notes CANCEL
+                advance();
+                if (session.state == State::RUNNING) {
+                    return true;
+                }
+                continue;
+            }
+            if (session.outbox.size() != 0) {
+                return !cut;  // nothing more is decoded before END is out (FRAME.md)
+            }
+            if (session.state == State::DRAINING || cut) {
+                return false;
+            }
+            const auto event = session.next_event();
+            if (!met_ && session.state != State::HELLO) {
+                met_ = true;
+                on_hello_(*this);
+            }
+            if (!event) {
+                return met_ || now_ns() < hello_deadline_ns_;
+            }
+            start();
+        }
+    }
+
+    // For a handler: exchange bytes with the client until a time (0: once, without waiting) or
+    // until the call is over.
+    void pump(std::int64_t until_ns) {
+        session.next_event();
+        while (reason() == Status::OK) {
+            flush();
+            if (until_ns == 0 && session.outbox.size() == 0) {
+                take(stream->try_read(session.decoder.space()));
+            } else {
+                read(until_ns);
+            }
+            session.next_event();
+            if (now_ns() >= until_ns) {
+                return;
+            }
+        }
+    }
+
+    // Why the running call must end before its handler is done; OK: it need not.
+    Status reason() const {
+        if (session.cancelled) {
+            return Status::CANCELLED;
+        }
+        if (cut) {
+            return Status::UNAVAILABLE;
+        }
+        if (call_ && call_->deadline_ns != never && now_ns() >= call_->deadline_ns) {
+            return Status::DEADLINE_EXCEEDED;
+        }
+        return Status::OK;
+    }
+
+private:
+    void exchange() {
+        if (session.state == State::RUNNING) {
+            if (session.outbox.size() == 0 && session.credit > 0 && due_ns_ == 0) {
+                take(stream->try_read(session.decoder.space()));
+            } else {
+                read(due_ns_ != 0 ? due_ns_ : never);
+            }
+        } else if (session.outbox.size() != 0) {
+            stream->wait(false, true, never);
+        } else {
+            is_idle = true;
+            if (!draining) {  // else whoever set it may have seen us busy and not woken us
+                const std::int64_t deadline_ns = met_ ? never : hello_deadline_ns_;
+                take(stream->read(session.decoder.space(), deadline_ns));
+            }
+            is_idle = false;
+        }
+    }
+
+    // Wait, while a call runs, for input (or room, if there is output), and read.
+    void read(std::int64_t until_ns) {
+        const std::int64_t deadline_ns = std::min(until_ns, call_ ? call_->deadline_ns : never);
+        if (session.outbox.size() != 0) {
+            stream->wait(true, true, deadline_ns);
+            take(stream->try_read(session.decoder.space()));
+        } else {
+            take(stream->read(session.decoder.space(), deadline_ns));
+        }
+    }
+
+    void take(std::ptrdiff_t count) {
+        if (count > 0) {
+            session.decoder.filled(static_cast<std::size_t>(count));
+        } else if (count == end_of_stream) {
+            if (cut || (draining && session.state != State::RUNNING)) {
+                session.drain();  // interrupted by us, not by the client
+            } else {
+                session.end_of_input();
+            }
+        }
+    }
+
+    // Write what can be written at once.
+    void flush() {
+        frame::Outbox& outbox = session.outbox;
+        while (outbox.size() != 0) {
+            const std::ptrdiff_t count = stream->try_write(outbox.buffers());
+            if (count > 0) {
+                outbox.sent(static_cast<std::size_t>(count));
+            } else {
+                if (count == end_of_stream) {
+                    outbox.clear();  // the input will end too, once it is read to its end
+                }
+                return;
+            }
+        }
+    }
+
+    // Run the handler of a CALL; a unary one to its end.
+    void start() {
+        const std::int64_t left_ms = session.remaining_ms;
+        call_.emplace(*this, left_ms != 0 ? now_ns() + left_ms * 1'000'000 : never);
+        guarded([&] {
+            if (session.streaming) {
+                producer_ = service_.find_streaming(session.method)(*call_, session.payload);
+                due_ns_ = 0;
+                stride_ = 1;
+            } else {
+                reply_ = service_.find_unary(session.method)(*call_, session.payload);
+                end(reply_.bytes());
+            }
+        });
+    }
+
+    // Make the next batch of items and write it, or end the stream.
+    void advance() {
+        if (const Status why = reason(); why != Status::OK) {
+            fail(why, text_of(why));
+            return;
+        }
+        if (session.outbox.size() != 0) {
+            return;  // an item in it may still be its handler's
+        }
+        if (due_ns_ != 0 && now_ns() >= due_ns_) {
+            due_ns_ = 0;
+        }
+        guarded([&] {
+            while (due_ns_ == 0 && make_stride()) {
+            }
+        });
+        flush();
+    }
+
+    // Make a few items; false once it is time to send what is made.
+    bool make_stride() {
+        const std::int64_t began_ns = now_ns();
+        for (int i = 0; i < stride_; ++i) {
+            if (session.credit <= 0) {
+                return false;
+            }
+            item_ = producer_();
+            if (session.state != State::RUNNING || session.cancelled) {
+                return false;  // the handler looked, and the client has left
+            }
+            if (!item_) {
+                end({});
+                return false;
+            }
+            if (const auto* pause = std::get_if<Pause>(&*item_)) {
+                due_ns_ = pause->until_ns;
+                return false;
+            }
+            const Bytes bytes = std::get<Payload>(*item_).bytes();
+            session.item(bytes);
+            if (bytes.size() > frame::join_bytes_max) {
+                return false;  // it is not copied: out with it before the handler goes on
+            }
+        }
+        if (now_ns() - began_ns > stride_ns) {
+            stride_ = 1;
+            return false;
+        }
+        stride_ = std::min(2 * stride_, stride_items_max);
+        return session.outbox.size() < batch_bytes;
+    }
+
+    // The handler is done.
+    void end(Bytes reply) {
+        const Status why = reason();
+        if (session.state != State::RUNNING) {
+            close_handler();
+        } else if (why != Status::OK) {
+            fail(why, text_of(why));
+        } else {
+            session.end(reply);
+            close_handler();
+        }
+    }
+
+    template <class Body>
+    void guarded(Body body) {
+        try {
+            body();
+        } catch (const Error& error) {
+            fail_by(error.status, error.message);
+        } catch (const std::exception& error) {
+            fail_by(Status::INTERNAL, error.what());
+        } catch (...) {
+            fail_by(Status::INTERNAL, "a handler failed");
+        }
+    }
+
+    void fail_by(Status status, const std::string& text) {
+        if (session.broken) {
+            throw ProtocolError(*session.broken);  // found while the handler looked at its input
+        }
+        fail(status, text);
+    }
+
+    // End the call with another status than OK.
+    void fail(Status status, const std::string& text) {
+        session.outbox.own();  // what is not sent yet may be the handler's, which goes now
+        close_handler();
+        if (session.state == State::RUNNING) {
+            session.fail(status, text);
+        }
+    }
+
+    void close_handler() {
+        producer_ = nullptr;
+        call_.reset();
+    }
+
+    static std::string text_of(Status why) {
+        switch (why) {
+            case Status::CANCELLED: return "cancelled by the client";
+            case Status::DEADLINE_EXCEEDED: return "the deadline has passed";
+            default: return "the server is shutting down";
+        }
+    }
+
+    const Service& service_;
+    std::function<void(Connection&)> on_hello_;  // once it said hello; throws Error to refuse it
+    std::int64_t hello_deadline_ns_;
+    bool met_ = false;
+    std::optional<Call> call_;
+    Producer producer_;
+    std::optional<Item> item_;  // the latest; what is not copied lives until it is sent
+    Payload reply_;             // likewise
+    std::int64_t due_ns_ = 0;   // no item before it
+    int stride_ = 1;            // items until the next look at the clock
+};
+
+inline bool Call::is_cancelled() {
+    connection_.pump(0);
+    return connection_.reason() != Status::OK;
+}
+
+inline void Call::sleep(double seconds) { connection_.pump(deadline_after(seconds)); }
+
+inline std::uint32_t Call::peer_payload_bytes_max() const {
+    return connection_.session.peer_payload_bytes_max;
+}
+
+// `payload_bytes_max` is the largest request taken, `window_bytes` what is stated for streams
+// towards this side (there are none yet).
+struct ServeOptions {
+    std::uint32_t window_bytes = window_bytes_default;
+    std::uint32_t payload_bytes_max = frame::payload_bytes_max;
+    std::size_t clients_max = clients_max_default;
+    double grace_s = grace_s_default;
+};
+
+// Listens on a transport and serves a service; `run` it.
+class Server {
+public:
+    // Listen; clients may come from now on. Throws Error as Transport::listen does.
+    Server(Transport& transport, Service service, const ServeOptions& options = {})
+        : shared_(std::make_shared<Shared>(std::move(service), options)) {
+        ServerSession(options.window_bytes, options.payload_bytes_max);  // a bad option shows now
+        listener_ = transport.listen();
+        url = listener_->url;
+    }
+    ~Server() { close(); }
+    Server(const Server&) = delete;
+    Server& operator=(const Server&) = delete;
+
+    std::string url;
+
+    // Serve until `stop`, or until the transport can bring no further client; then let running
+    // calls end within the grace, and cut what is left.
+    void run() {
+        while (auto stream = listener_->accept()) {
+            welcome(std::move(stream));
+        }
+        drain();
+    }
+
+    // From any thread, or a signal handler: make `run` return.
+    void stop() { listener_->interrupt(); }
+
+    // Stop listening, and remove the address. Idempotent; `run` ends with it.
+    void close() { listener_->close(); }
+
+private:
+    // What the threads of connections hold on to; they may outlive the server, if a handler does.
+    struct Shared {
+        Shared(Service service_, const ServeOptions& options_)
+            : service(std::move(service_)), options(options_) {}
+
+        Service service;
+        ServeOptions options;
+        std::mutex mutex;
+        std::condition_variable changed;
+        std::list<std::shared_ptr<Connection>> strangers;  // have not said hello; oldest first
+        std::list<std::shared_ptr<Connection>> clients;
+
+        void on_hello(Connection& connection) {
+            const std::lock_guard lock(mutex);
+            if (clients.size() >= options.clients_max) {
+                throw Error(Status::RESOURCE_EXHAUSTED,
+                            "the server has " + std::to_string(options.clients_max) +
+                                " clients and takes no more");
+            }
+            const auto found = std::find_if(strangers.begin(), strangers.end(),
+                                            [&](const auto& one) { return one.get() == &connection; });
+            clients.splice(clients.end(), strangers, found);
+        }
+
+        void forget(const std::shared_ptr<Connection>& connection) {
+            const std::lock_guard lock(mutex);
+            connection->stream->close();  // under the lock: nobody interrupts it after that
+            strangers.remove(connection);
+            clients.remove(connection);
+            changed.notify_all();
+        }
+
+        template <class Body>
+        void each(Body body) {
+            for (auto* list : {&strangers, &clients}) {
+                for (const auto& connection : *list) {
+                    body(*connection);
+                }
+            }
+        }
+
+        bool is_empty() const { return strangers.empty() && clients.empty(); }
+    };
+
+    void welcome(std::unique_ptr<Stream> stream) {
+        auto shared = shared_;
+        auto connection = std::make_shared<Connection>(
+            std::move(stream), shared->service, shared->options.window_bytes,
+            shared->options.payload_bytes_max,
+            [&all = *shared](Connection& one) { all.on_hello(one); });
+        {
+            const std::lock_guard lock(shared->mutex);
+            if (shared->strangers.size() >= strangers_max) {
+                shared->strangers.front()->cut = true;
+                shared->strangers.front()->stream->interrupt();
+            }
+            shared->strangers.push_back(connection);
+        }
+        try {
+            std::thread([shared, connection] {
+                connection->run();
+                shared->forget(connection);
+            }).detach();
+        } catch (const std::system_error&) {  // no further thread: this client is turned away
+            shared->forget(connection);
+        }
+    }
+
+    void drain() {
+        std::unique_lock lock(shared_->mutex);
+        listener_->close();
+        shared_->each([](Connection& connection) {
+            connection.draining = true;
+            if (connection.is_idle) {
+                connection.stream->interrupt();
+            }
+        });
+        const auto is_empty = [this] { return shared_->is_empty(); };
+        if (shared_->changed.wait_for(
+                lock, std::chrono::duration<double>(shared_->options.grace_s), is_empty)) {
+            return;
+        }
+        shared_->each([](Connection& connection) {
+            connection.cut = true;
+            connection.stream->interrupt();
+        });
+        shared_->changed.wait_for(lock, std::chrono::duration<double>(cut_s), is_empty);
+    }
+
+    std::shared_ptr<Shared> shared_;
+    std::unique_ptr<Listener> listener_;
+};
+
+}  // namespace ipc_bridge

@@ -1,0 +1,286 @@
+"""The client: joins a session to a stream, one call at a time.
+
+A client is used by one thread at a time, and not across a fork. More calls at once means more
+connections, as in HTTP/1.1.
+"""
+
+import contextlib
+from collections.abc import Generator, Iterator
+from types import TracebackType
+from typing import NoReturn, Self
+
+from ipc_bridge import frame
+from ipc_bridge.errors import CallError, Error, ProtocolError, Status, UsageError
+from ipc_bridge.frame import Buffer, Kind
+from ipc_bridge.session import WINDOW_BYTES, ClientSession, State
+from ipc_bridge.system import (
+    END,
+    NEVER,
+    WOULD_BLOCK,
+    Stream,
+    Transport,
+    deadline_after,
+    now_ns,
+    remaining_ms,
+)
+
+HELLO_TIMEOUT_S = 5.0  # a server that says nothing for so long is none of ours
+CONNECT_TIMEOUT_S = 5.0  # default; a server that starts together with its client is up by then
+
+
+def connect(
+    transport: Transport,
+    *,
+    window_bytes: int = WINDOW_BYTES,
+    payload_bytes_max: int = frame.PAYLOAD_BYTES_MAX,
+    timeout: float | None = CONNECT_TIMEOUT_S,
+) -> "Client":
+    """Reach a server, waiting up to `timeout` seconds for it to start, and exchange hellos.
+
+    `window_bytes` is what a stream's server may send ahead of this reader; `payload_bytes_max` is
+    the largest reply or item that this client takes.
+    Raises Error: UNAVAILABLE at the timeout, INVALID_ARGUMENT, PERMISSION_DENIED,
+    RESOURCE_EXHAUSTED if the server is full; nothing stays open then.
+    """
+    session = ClientSession(window_bytes, payload_bytes_max)
+    deadline_ns = deadline_after(timeout)
+    client = Client(transport.connect(deadline_ns), session, transport.url)
+    try:
+        client._meet(min(deadline_ns, deadline_after(HELLO_TIMEOUT_S)))
+    except BaseException:
+        client.close()
+        raise
+    return client
+
+
+class Client:
+    """A connection to a server; `connect` makes it. Close it, or use it in a `with`."""
+
+    def __init__(self, stream: Stream, session: ClientSession, url: str) -> None:
+        self.url = url
+        self._stream = stream
+        self._session = session
+        self._deadline_ns = NEVER  # of the open call
+        self._calling = False  # its CALL is not out yet
+
+    def call(self, method: int, payload: Buffer = b"", timeout: float | None = None) -> memoryview:
+        """Call a unary method and return its reply, a view that lives until the next call.
+
+        `timeout` in seconds; None: wait as long as it takes. Raises UsageError if nothing was
+        sent (FAILED_PRECONDITION: a stream is open; RESOURCE_EXHAUSTED: too large), CallError with
+        the server's status, DEADLINE_EXCEEDED, or UNAVAILABLE if the server has gone; the
+        connection lives after all but UNAVAILABLE, and a deadline met while the request was still
+        being sent.
+        """
+        self._start(method, payload, False, timeout)
+        while self._event() != Kind.END:
+            pass
+        return self._session.payload
+
+    def call_stream(
+        self, method: int, payload: Buffer = b"", timeout: float | None = None
+    ) -> "Items":
+        """Call a streaming method; the items come as they are iterated. Raises as `call`."""
+        self._start(method, payload, True, timeout)
+        return Items(self)
+
+    def fileno(self) -> int:
+        """The stream's descriptor (see Stream.fileno)."""
+        return self._stream.fileno()
+
+    def close(self) -> None:
+        """Close the connection; an open call is cancelled by that. Idempotent."""
+        self._session.state = State.CLOSED
+        self._stream.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _start(self, method: int, payload: Buffer, streaming: bool, timeout: float | None) -> None:
+        """Send a CALL, whole: its payload is the caller's, who may change it afterwards."""
+        session = self._session
+        deadline_ns = deadline_after(timeout)
+        left_ms = 0 if deadline_ns == NEVER else min(remaining_ms(deadline_ns), 0xFFFFFFFF)
+        if left_ms == 0 and deadline_ns != NEVER:
+            raise CallError(Status.DEADLINE_EXCEEDED, "the deadline has passed", self.url)
+        if not isinstance(payload, (bytes, bytearray)):
+            payload = memoryview(payload).cast("B")
+            session.decoder.hold()  # it may be a view of the last reply
+        try:
+            if session.outbox.size and session.state == State.IDLE:  # the CANCEL of the last call
+                self._deadline_ns = deadline_ns
+                self._send()
+            session.call(method, payload, streaming, left_ms)
+        except Error as error:
+            error.where = error.where or self.url
+            raise
+        self._deadline_ns = deadline_ns
+        self._calling = True
+        self._send()
+        self._calling = False
+
+    def _send(self) -> None:
+        """Write all that is due."""
+        session = self._session
+        self._write()
+        while session.outbox.size:
+            if self._decode() is not None:
+                self.close()
+                raise ProtocolError("an answer to a call that is still on its way")
+            self._read_while_full()
+            self._write()
+        session.decoder.release()
+
+    def _event(self) -> Kind:
+        """The next event of the open call; what is due is written first. Raises CallError for an
+        END that is not OK, and at the deadline."""
+        session = self._session
+        while True:
+            event = self._decode()
+            if event is not None:
+                return event
+            if session.outbox.size:
+                self._write()
+            if session.outbox.size:
+                self._read_while_full()
+                continue
+            count = self._stream.read(session.decoder.space(), self._deadline_ns)
+            if count == WOULD_BLOCK or self._is_late():
+                self._expire()
+            self._take(count)
+
+    def _read_while_full(self) -> None:
+        """Whoever cannot write reads meanwhile: never wait for writable alone (FRAME.md)."""
+        if not self._stream.wait(True, True, self._deadline_ns) or self._is_late():
+            self._expire()
+        self._take(self._stream.try_read(self._session.decoder.space()))
+
+    def _is_late(self) -> bool:
+        return self._deadline_ns != NEVER and now_ns() >= self._deadline_ns
+
+    def _decode(self) -> Kind | None:
+        """The next event that is here already. Raises as `_event`, and ProtocolError."""
+        session = self._session
+        try:
+            event = session.next_event()
+        except ProtocolError as error:
+            error.where = self.url
+            self.close()
+            raise
+        if event == Kind.END and session.status != Status.OK:
+            if session.state == State.CLOSED:
+                self.close()
+            raise CallError(session.status, session.message, self.url)
+        return event
+
+    def _take(self, count: int) -> None:
+        session = self._session
+        if count > 0:
+            session.filled(count)
+        elif count == END:
+            session.end_of_input()
+            self.close()
+            raise CallError(Status.UNAVAILABLE, session.message, self.url)
+
+    def _write(self) -> None:
+        outbox = self._session.outbox
+        count = self._stream.try_write(outbox.buffers())
+        if count > 0:
+            outbox.sent(count)
+        elif count == END:
+            outbox.clear()  # why the server went may still stand in what it sent before
+
+    def _expire(self) -> NoReturn:
+        """The deadline has come: give the call up, and the connection too if half of the request
+        is out."""
+        if self._calling:
+            self.close()
+        self._cancel()
+        raise CallError(Status.DEADLINE_EXCEEDED, "no answer before the deadline", self.url)
+
+    def _cancel(self) -> None:
+        if self._session.state == State.OPEN:
+            self._session.cancel()
+            self._write()
+
+    def _meet(self, deadline_ns: int) -> None:
+        self._deadline_ns = deadline_ns
+        try:
+            self._send()
+            session, stream = self._session, self._stream
+            while session.state == State.HELLO:
+                count = stream.read(session.decoder.space(), deadline_ns)
+                if count == WOULD_BLOCK:
+                    what = "the server said no hello in time"
+                    raise Error(Status.UNAVAILABLE, what, self.url)
+                self._take(count)
+                self._decode()
+        except CallError as error:
+            if error.status == Status.DEADLINE_EXCEEDED:
+                what = "the server said no hello in time"
+                raise Error(Status.UNAVAILABLE, what, self.url) from None
+            raise
+
+
+class Items:
+    """The items of an open stream, in order; each is a view that lives until the next.
+
+    Leaving the loop early, `close`, or dropping it cancels the call. Iteration raises CallError
+    for an end that is not OK.
+    """
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._walk = self._generate()
+        self._open = True
+
+    def __iter__(self) -> Iterator[memoryview]:
+        return self._cancelling()
+
+    def __next__(self) -> memoryview:
+        return next(self._walk)
+
+    def close(self) -> None:
+        """Cancel the call unless it has ended. Idempotent."""
+        if self._open:
+            self._open = False
+            self._client._cancel()
+            self._walk.close()
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):
+            self.close()
+
+    def _cancelling(self) -> Generator[memoryview, None, None]:
+        try:
+            yield from self._walk
+        finally:
+            self.close()
+
+    def _generate(self) -> Generator[memoryview, None, None]:
+        client = self._client
+        session = client._session
+        try:
+            while True:
+                if client._is_late():
+                    client._expire()
+                views = session.items()
+                if views:
+                    yield from views
+                elif client._event() == Kind.ITEM:
+                    yield session.payload
+                else:
+                    return
+                session.consumed()
+                if session.outbox.size:
+                    client._write()
+        finally:
+            self._open = self._open and session.state == State.OPEN
+
+
+__all__ = ["Client", "Items", "UsageError", "connect"]

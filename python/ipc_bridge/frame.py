@@ -1,0 +1,287 @@
+"""The frame: a 16-byte header, then the payload; its encoder and its decoder (proto/FRAME.md).
+
+Sans-IO: bytes come in through `Decoder.space()` and `Decoder.filled()`, in any chunking, and
+leave through an `Outbox`; nothing here knows a socket, a thread or a clock.
+
+The decoder owns one buffer. Input is read straight into it and a payload is handed out as a view
+of it, so that receiving copies nothing; the price is the rule that a view lives until the next
+input is read. A header is checked before the room for its payload is made.
+"""
+
+import struct
+from enum import IntEnum
+from typing import NamedTuple
+
+from ipc_bridge.errors import MESSAGE_BYTES_MAX, ProtocolError, Status
+
+HEADER = struct.Struct("<IBBHII")  # payload_size, kind, flags, code, call_id, value
+HEADER_BYTES = 16
+HELLO = struct.Struct("<4sI")  # magic, max_payload
+MAGIC = b"IPCB"
+VERSION = 1
+STREAM_WANTED = 1  # flag of CALL: the answer is a stream
+
+PAYLOAD_BYTES_MAX = 64 << 20  # default; what one frame may make a receiver hold
+PAYLOAD_BYTES_LIMIT = 1 << 31  # so that what a reader owes (half a window, an item) fits in CREDIT
+BUFFER_BYTES = 256 << 10  # a socket's buffer holds about as much, so one read empties it
+JOIN_BYTES_MAX = 16 << 10  # below this, copying a payload is cheaper than a further iovec
+IOVEC_MAX = 1024  # IOV_MAX, <limits.h>
+IDLE_REFILLS_MAX = 256  # refills without need of a grown buffer before it is given back
+
+Buffer = bytes | bytearray | memoryview
+
+
+class Kind(IntEnum):
+    """What a frame says."""
+
+    HELLO = 1
+    CALL = 2
+    ITEM = 3
+    END = 4
+    CREDIT = 5
+    CANCEL = 6
+    GOODBYE = 7
+
+
+# The 16 bytes before each payload: payload_size, kind, flags, code, call_id, value.
+Header = tuple[int, int, int, int, int, int]
+
+
+class _Rule(NamedTuple):
+    """The highest value of each field of one kind of frame; 0 means that it is unused."""
+
+    payload_size: int
+    flags: int
+    code: int
+    value: int
+    call_id_min: int
+    call_id_max: int
+
+
+_U16 = (1 << 16) - 1
+_U32 = (1 << 32) - 1
+_RULES = {
+    int(Kind.HELLO): _Rule(HELLO.size, 0, _U16, _U32, 0, 0),
+    int(Kind.CALL): _Rule(_U32, STREAM_WANTED, _U16, _U32, 1, _U32),
+    int(Kind.ITEM): _Rule(_U32, 0, 0, _U32, 1, _U32),
+    int(Kind.END): _Rule(_U32, 0, max(Status), 0, 0, _U32),
+    int(Kind.CREDIT): _Rule(0, 0, 0, _U32, 1, _U32),
+    int(Kind.CANCEL): _Rule(0, 0, 0, 0, 1, _U32),
+    int(Kind.GOODBYE): _Rule(0, 0, 0, _U32, 0, 0),
+}
+
+
+def encode(
+    kind: Kind,
+    payload_size: int = 0,
+    *,
+    flags: int = 0,
+    code: int = 0,
+    call_id: int = 0,
+    value: int = 0,
+) -> bytes:
+    """The 16 bytes of a header."""
+    return HEADER.pack(payload_size, kind, flags, code, call_id, value)
+
+
+def check(header: Header, payload_bytes_max: int) -> None:
+    """Raise ProtocolError unless the header is one that a correct peer can send."""
+    size, kind, flags, code, call_id, value = header
+    rule = _RULES.get(kind)
+    if rule is None:
+        raise ProtocolError(f"unknown kind {kind}")
+    size_max, flags_max, code_max, value_max, call_id_min, call_id_max = rule
+    if size > size_max or size > payload_bytes_max:
+        raise ProtocolError(f"{Kind(kind).name} of {size} bytes, above the limit")
+    if flags > flags_max or code > code_max or value > value_max:
+        raise ProtocolError(f"{Kind(kind).name} with an unused field set")
+    if call_id < call_id_min or call_id > call_id_max:
+        raise ProtocolError(f"{Kind(kind).name} with call id {call_id}")
+    if kind == _HELLO and size != HELLO.size:
+        raise ProtocolError(f"HELLO of {size} bytes")
+    if kind == _END and code == 0 and call_id == 0:
+        raise ProtocolError("END of the session with status OK")
+    if kind == _END and code != 0 and size > MESSAGE_BYTES_MAX:
+        raise ProtocolError(f"status message of {size} bytes")
+
+
+_HELLO, _END, _ITEM = int(Kind.HELLO), int(Kind.END), int(Kind.ITEM)  # an enum's look-up is slow
+
+
+class Outbox:
+    """Frames on their way out: small ones joined, large payloads by reference.
+
+    A payload above JOIN_BYTES_MAX is not copied: it must not change before it is sent.
+    """
+
+    def __init__(self) -> None:
+        self.size = 0  # bytes not yet sent
+        self._small: list[bytes] = []  # the newest small frames, not yet joined
+        self._queue: list[Buffer] = []
+
+    def put(self, header: bytes, payload: Buffer = b"") -> None:
+        """Append one frame."""
+        count = len(payload)
+        if count <= JOIN_BYTES_MAX:
+            self._small.append(header + payload)
+        else:
+            self._small.append(header)
+            self._join()
+            self._queue.append(payload)
+        self.size += HEADER_BYTES + count
+
+    def buffers(self) -> list[Buffer]:
+        """What to write next, in order, for one vectored write."""
+        if self._small:
+            self._join()
+        return self._queue if len(self._queue) <= IOVEC_MAX else self._queue[:IOVEC_MAX]
+
+    def sent(self, count: int) -> None:
+        """The first `count` bytes of `buffers()` were written."""
+        self.size -= count
+        if self.size == 0:
+            self._queue.clear()
+            self._small.clear()
+            return
+        done = 0
+        while done < len(self._queue) and count >= len(self._queue[done]):
+            count -= len(self._queue[done])
+            done += 1
+        del self._queue[:done]
+        if count:
+            self._queue[0] = memoryview(self._queue[0])[count:]
+
+    def own(self) -> None:
+        """Copy what is held by reference: its owner is about to go."""
+        if self._small:
+            self._join()
+        self._queue = [bytes(part) for part in self._queue]
+
+    def clear(self) -> None:
+        """Drop everything: there is nobody to send it to."""
+        self.sent(self.size)
+
+    def _join(self) -> None:
+        self._queue.append(self._small[0] if len(self._small) == 1 else b"".join(self._small))
+        self._small.clear()
+
+
+class Decoder:
+    """Bytes in, frames out.
+
+    Read into `space()`, say `filled(n)`, then take frames by `next()` until it says None. After
+    any ProtocolError the decoder is of no further use.
+    """
+
+    def __init__(self, payload_bytes_max: int = PAYLOAD_BYTES_MAX) -> None:
+        self.payload_bytes_max = payload_bytes_max
+        self.payload: memoryview = memoryview(b"")  # of the frame that `next` returned last
+        self._buffer = bytearray(BUFFER_BYTES)
+        self._view = memoryview(self._buffer)
+        self._start = 0  # of what is not decoded yet
+        self._end = 0  # of what has been read
+        self._need = 0  # bytes of the frame at `_start`; 0: not known yet
+        self._floor = 0  # below it the buffer is held
+        self._refills = 0  # since the grown buffer was last needed
+
+    def space(self) -> memoryview:
+        """Where to read the next input. Earlier payload views are void after it.
+
+        Never empty, provided that `next` has said None since the last `filled`.
+        """
+        need = self._need or HEADER_BYTES
+        if self._start == self._end:
+            self._start = self._end = self._floor
+            if len(self._buffer) > BUFFER_BYTES:
+                self._shrink()
+        if self._start + need > len(self._buffer):
+            self._move(need)
+        # Of a large payload ask just for the rest: what follows then starts at the front again.
+        if need > BUFFER_BYTES // 2:
+            return self._view[self._end : self._start + need]
+        return self._view[self._end :] if self._end else self._view
+
+    def filled(self, count: int) -> None:
+        """`count` bytes were read into the front of `space()`."""
+        self._end += count
+
+    def next(self) -> Header | None:
+        """The next whole frame, its payload in `self.payload`; None: read more.
+
+        Raises ProtocolError for a header that no correct peer sends, before its payload is here.
+        """
+        start = self._start
+        have = self._end - start
+        if have < HEADER_BYTES:
+            return None
+        header = HEADER.unpack_from(self._buffer, start)
+        if self._need == 0:
+            check(header, self.payload_bytes_max)
+            self._need = HEADER_BYTES + header[0]
+        if have < self._need:
+            return None
+        stop = start + self._need
+        self.payload = self._view[start + HEADER_BYTES : stop]
+        self._start = stop
+        self._need = 0
+        return header
+
+    def items(self, call_id: int, index: int, bytes_max: int) -> list[memoryview]:
+        """The payloads of the ITEMs of `call_id` that stand ready, numbered from `index` on.
+
+        The loop that a stream of small items spends its time in, so it takes the frame apart by
+        itself; at any frame that is not plainly the next item it stops, and `next` judges it.
+        It also stops once the items cost `bytes_max`.
+        """
+        out: list[memoryview] = []
+        buffer, view, start, end = self._buffer, self._view, self._start, self._end
+        unpack, limit = HEADER.unpack_from, start + bytes_max
+        while start + HEADER_BYTES <= end and start < limit:
+            fields = unpack(buffer, start)
+            stop = start + HEADER_BYTES + fields[0]
+            if stop > end or fields[1:] != (_ITEM, 0, 0, call_id, index):
+                break
+            if fields[0] > self.payload_bytes_max:
+                break
+            out.append(view[start + HEADER_BYTES : stop])
+            start = stop
+            index = (index + 1) & _U32
+        if out:
+            self._start = start
+            self._need = 0
+        return out
+
+    def hold(self) -> None:
+        """Keep the payload that `next` returned last valid while more input is read."""
+        self._floor = self._start
+
+    def release(self) -> None:
+        """End `hold`."""
+        self._floor = 0
+
+    def is_clean(self) -> bool:
+        """Nothing of an unfinished frame is here: a good place for the input to end."""
+        return self._start == self._end
+
+    def _move(self, need: int) -> None:
+        """Make room for `need` bytes from `_start` on: at the front, or in a fresh buffer."""
+        part = self._view[self._start : self._end]
+        if self._floor == 0 and need <= len(self._buffer):
+            self._view[: len(part)] = part
+        else:  # whoever holds a view of the old buffer keeps it alive
+            self._buffer = bytearray(max(need, BUFFER_BYTES))
+            self._view = memoryview(self._buffer)
+            self._view[: len(part)] = part
+            self._floor = self._refills = 0
+        self._start, self._end = 0, len(part)
+
+    def _shrink(self) -> None:
+        """Give a grown buffer back once it has not been needed for a while."""
+        if self._floor or HEADER_BYTES + len(self.payload) > BUFFER_BYTES:
+            self._refills = 0
+            return
+        self._refills += 1
+        if self._refills > IDLE_REFILLS_MAX:
+            self._buffer = bytearray(BUFFER_BYTES)
+            self._view = memoryview(self._buffer)
+            self._refills = 0

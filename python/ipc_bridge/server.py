@@ -1,0 +1,464 @@
+"""The server: one thread a connection, each the same loop: read, step the session, flush.
+
+A handler is called with its Call and the request, a view that lives until the handler is done:
+
+    def unary(call, request) -> reply
+    def streaming(call, request) -> iterator of items (bytes), or of Pause to be paced
+
+and may block. Raise Error to end the call with a status; anything else ends it with INTERNAL.
+
+The GIL: connections are threads, so a handler that computes without releasing it takes up to 5 ms
+(sys.getswitchinterval) from every other call; one that waits or copies does not.
+"""
+
+import contextlib
+import logging
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from types import TracebackType
+from typing import NamedTuple, Self
+
+from ipc_bridge import frame
+from ipc_bridge.errors import Error, Status
+from ipc_bridge.frame import JOIN_BYTES_MAX, Buffer
+from ipc_bridge.session import WINDOW_BYTES, ServerSession, State
+from ipc_bridge.system import END, NEVER, Stream, Transport, deadline_after, now_ns
+
+HELLO_TIMEOUT_S = 5.0  # a client that says nothing for so long is gone
+BATCH_BYTES = 64 << 10  # of small items for one write; more gains nothing
+STRIDE_ITEMS_MAX = 16  # items made between two looks at the clock: at most these wait for a batch
+STRIDE_NS = 20_000  # a stride that takes longer is sent at once
+CLIENTS_MAX = 256  # default; each costs a thread and 256 KiB of buffer
+STRANGERS_MAX = 256  # connections that have not said HELLO; beyond, the oldest is dropped
+GRACE_S = 1.0  # default; for running calls when the server is told to stop
+CUT_S = 0.5  # then, for handlers to notice that they are cut
+
+REASONS = {
+    Status.CANCELLED: "cancelled by the client",
+    Status.DEADLINE_EXCEEDED: "the deadline has passed",
+    Status.UNAVAILABLE: "the server is shutting down",
+}
+
+log = logging.getLogger("ipc_bridge")
+
+
+class Pause(NamedTuple):
+    """In place of an item: nothing before `until_ns` (monotonic). The connection goes on reading
+    meanwhile, so a cancel ends it; unlike Call.sleep it occupies no thread of a shared loop."""
+
+    until_ns: int
+
+
+Item = Buffer | Pause
+UnaryHandler = Callable[["Call", memoryview], Buffer]
+StreamHandler = Callable[["Call", memoryview], Iterable[Item]]
+
+
+class Service:
+    """Methods by number, each with its handler."""
+
+    def __init__(self) -> None:
+        self._unary: dict[int, UnaryHandler] = {}
+        self._streaming: dict[int, StreamHandler] = {}
+
+    def unary(self, method: int, handler: UnaryHandler) -> None:
+        """Register a method that answers once."""
+        self._unary[method] = handler
+
+    def streaming(self, method: int, handler: StreamHandler) -> None:
+        """Register a method that answers with a stream of items."""
+        self._streaming[method] = handler
+
+    def find_unary(self, method: int) -> UnaryHandler:
+        """Raises Error: UNIMPLEMENTED."""
+        handler = self._unary.get(method)
+        if handler is None:
+            raise Error(Status.UNIMPLEMENTED, f"no unary method {method}")
+        return handler
+
+    def find_streaming(self, method: int) -> StreamHandler:
+        """Raises Error: UNIMPLEMENTED."""
+        handler = self._streaming.get(method)
+        if handler is None:
+            raise Error(Status.UNIMPLEMENTED, f"no streaming method {method}")
+        return handler
+
+
+class Call:
+    """What a handler knows of the call it answers."""
+
+    def __init__(self, connection: "Connection", deadline_ns: int) -> None:
+        self.deadline_ns = deadline_ns
+        self._connection = connection
+
+    def is_cancelled(self) -> bool:
+        """Look at the input: has the client cancelled or gone, or is the deadline past?"""
+        self._connection.pump(0)
+        return self._connection.reason() != Status.OK
+
+    def sleep(self, seconds: float) -> None:
+        """Sleep; ends early when `is_cancelled`. Items made so far are sent first."""
+        self._connection.pump(deadline_after(seconds))
+
+    @property
+    def peer_payload_bytes_max(self) -> int:
+        """The largest payload that the client takes."""
+        return self._connection.session.peer_payload_bytes_max
+
+
+class Connection:
+    """One client: its session, its stream, and the call that runs.
+
+    `run` is the loop of a connection's thread: `step` does all that can be done without input,
+    `_exchange` waits for what the session needs next and reads it.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        service: Service,
+        session: ServerSession,
+        on_hello: Callable[["Connection"], None],
+    ) -> None:
+        self.stream = stream
+        self.session = session
+        self.is_idle = False  # no call is running: may be interrupted to drain
+        self.draining = False  # set from another thread: take no further call
+        self.cut = False  # set from another thread: the grace is over
+        self._service = service
+        self._on_hello = on_hello  # once the client has said hello; raises Error to refuse it
+        self._hello_deadline_ns = deadline_after(HELLO_TIMEOUT_S)
+        self._met = False
+        self._call: Call | None = None
+        self._items: Iterator[Item] | None = None
+        self._due_ns = 0  # no item before it
+        self._stride = 1  # items until the next look at the clock
+
+    def run(self) -> None:
+        """Serve the client until it goes, breaks the rules, or the server stops."""
+        try:
+            while self.step():
+                self._exchange()
+        except Error as error:  # a ProtocolError, a refusal, a system call that failed
+            log.info("connection ended: %s", error)
+            self.session.farewell(error.status, error.what)
+        finally:
+            self.session.outbox.own()  # what is not sent yet may be the handler's, which goes now
+            self._close_handler()
+            with contextlib.suppress(Error):
+                self._flush()
+
+    def step(self) -> bool:
+        """Do all that can be done without input; False once the connection is over."""
+        session = self.session
+        if self.draining:
+            session.drain()
+        while True:
+            self._flush()
+            if session.state == State.CLOSED:
+                return False
+            if session.state == State.RUNNING:
+                session.next_event()  # takes in CREDIT, notes CANCEL
+                self._advance()
+                if session.state == State.RUNNING:
+                    return True
+                continue
+            if session.outbox.size:
+                return not self.cut  # nothing more is decoded before END is out (FRAME.md)
+            if session.state == State.DRAINING or self.cut:
+                return False
+            event = session.next_event()
+            if not self._met and session.state != State.HELLO:
+                self._met = True
+                self._on_hello(self)
+            if event is None:
+                return self._met or now_ns() < self._hello_deadline_ns
+            self._start()
+
+    def pump(self, until_ns: int) -> None:
+        """For a handler: exchange bytes with the client until a time (0: once, without waiting)
+        or until the call is over."""
+        session = self.session
+        session.next_event()
+        while self.reason() == Status.OK:
+            self._flush()
+            if until_ns == 0 and not session.outbox.size:
+                self._take(self.stream.try_read(session.decoder.space()))
+            else:
+                self._read(until_ns)
+            session.next_event()
+            if now_ns() >= until_ns:
+                return
+
+    def reason(self) -> Status:
+        """Why the running call must end before its handler is done; OK: it need not."""
+        if self.session.cancelled:
+            return Status.CANCELLED
+        if self.cut:
+            return Status.UNAVAILABLE
+        deadline_ns = self._call.deadline_ns if self._call else NEVER
+        if deadline_ns != NEVER and now_ns() >= deadline_ns:
+            return Status.DEADLINE_EXCEEDED
+        return Status.OK
+
+    def _exchange(self) -> None:
+        session = self.session
+        if session.state == State.RUNNING:
+            if session.outbox.size == 0 and session.credit > 0 and self._due_ns == 0:
+                self._take(self.stream.try_read(session.decoder.space()))
+            else:
+                self._read(self._due_ns or NEVER)
+        elif session.outbox.size:
+            self.stream.wait(False, True, NEVER)
+        else:
+            self.is_idle = True
+            if not self.draining:  # else whoever set it may have seen us busy and not woken us
+                deadline_ns = NEVER if self._met else self._hello_deadline_ns
+                self._take(self.stream.read(session.decoder.space(), deadline_ns))
+            self.is_idle = False
+
+    def _read(self, until_ns: int) -> None:
+        """Wait, while a call runs, for input (or room, if there is output), and read."""
+        session, stream = self.session, self.stream
+        deadline_ns = min(until_ns, self._call.deadline_ns if self._call else NEVER)
+        if session.outbox.size:
+            stream.wait(True, True, deadline_ns)
+            self._take(stream.try_read(session.decoder.space()))
+        else:
+            self._take(stream.read(session.decoder.space(), deadline_ns))
+
+    def _take(self, count: int) -> None:
+        session = self.session
+        if count > 0:
+            session.decoder.filled(count)
+        elif count == END:
+            if self.cut or (self.draining and session.state != State.RUNNING):
+                session.drain()  # interrupted by us, not by the client
+            else:
+                session.end_of_input()
+
+    def _flush(self) -> None:
+        """Write what can be written at once."""
+        outbox = self.session.outbox
+        while outbox.size:
+            count = self.stream.try_write(outbox.buffers())
+            if count > 0:
+                outbox.sent(count)
+            else:
+                if count == END:
+                    outbox.clear()  # the input will end too, once it is read to its end
+                return
+
+    def _start(self) -> None:
+        """Run the handler of a CALL; a unary one to its end."""
+        session = self.session
+        left_ms = session.remaining_ms
+        call = self._call = Call(self, now_ns() + left_ms * 1_000_000 if left_ms else NEVER)
+        try:
+            if session.streaming:
+                handler = self._service.find_streaming(session.method)
+                self._items = iter(handler(call, session.payload))
+                self._due_ns, self._stride = 0, 1
+            else:
+                reply = self._service.find_unary(session.method)(call, session.payload)
+                self._end(reply)
+        except Exception as error:
+            self._fail_by(error)
+
+    def _advance(self) -> None:
+        """Make the next batch of items and write it, or end the stream."""
+        reason = self.reason()
+        if reason != Status.OK:
+            self._fail(reason, REASONS[reason])
+            return
+        if self.session.outbox.size:
+            return  # an item in it may still be its handler's
+        if self._due_ns and now_ns() >= self._due_ns:
+            self._due_ns = 0
+        try:
+            while self._due_ns == 0 and self._make_stride():
+                pass
+        except Exception as error:
+            self._fail_by(error)
+        self._flush()
+
+    def _make_stride(self) -> bool:
+        """Make a few items; False once it is time to send what is made."""
+        session, items = self.session, self._items
+        assert items is not None
+        began_ns = now_ns()
+        for _ in range(self._stride):
+            if session.credit <= 0:
+                return False
+            item = next(items, None)
+            if session.state != State.RUNNING or session.cancelled:
+                return False  # the handler looked, and the client has left
+            if item is None:
+                self._end(b"")
+                return False
+            if isinstance(item, Pause):
+                self._due_ns = item.until_ns
+                return False
+            session.item(item)
+            if len(item) > JOIN_BYTES_MAX:
+                return False  # it is not copied: out with it before the handler goes on
+        if now_ns() - began_ns > STRIDE_NS:
+            self._stride = 1
+            return False
+        self._stride = min(2 * self._stride, STRIDE_ITEMS_MAX)
+        return session.outbox.size < BATCH_BYTES
+
+    def _end(self, reply: Buffer) -> None:
+        """The handler is done."""
+        reason = self.reason()
+        if self.session.state != State.RUNNING:
+            self._close_handler()
+        elif reason != Status.OK:
+            self._fail(reason, REASONS[reason])
+        else:
+            self._close_handler()
+            self.session.end(reply)
+
+    def _fail_by(self, error: Exception) -> None:
+        if self.session.broken is not None:
+            raise self.session.broken  # found while the handler looked at its input
+        if isinstance(error, Error):
+            self._fail(error.status, error.what)
+        else:
+            log.error("a handler failed", exc_info=error)
+            self._fail(Status.INTERNAL, str(error) or type(error).__name__)
+
+    def _fail(self, status: Status, message: str) -> None:
+        """End the call with another status than OK."""
+        self.session.outbox.own()  # what is not sent yet may be the handler's, which goes now
+        self._close_handler()
+        if self.session.state == State.RUNNING:
+            self.session.fail(status, message)
+
+    def _close_handler(self) -> None:
+        items, self._items, self._call = self._items, None, None
+        close = getattr(items, "close", None)
+        if close is not None:
+            try:
+                close()
+            except Exception as error:
+                log.error("a handler failed to close", exc_info=error)
+
+
+class Server:
+    """Listens on a transport and serves a service; `run` it, in a `with`."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        service: Service,
+        *,
+        window_bytes: int = WINDOW_BYTES,
+        payload_bytes_max: int = frame.PAYLOAD_BYTES_MAX,
+        clients_max: int = CLIENTS_MAX,
+        grace_s: float = GRACE_S,
+    ) -> None:
+        """Listen; clients may come from now on.
+
+        `payload_bytes_max` is the largest request taken, `window_bytes` what is stated for streams
+        towards this side (there are none yet). Raises Error as Transport.listen does.
+        """
+        ServerSession(window_bytes, payload_bytes_max)  # a bad option is an error now
+        self._service = service
+        self._options = (window_bytes, payload_bytes_max)
+        self._clients_max = clients_max
+        self._grace_s = grace_s
+        self._changed = threading.Condition()
+        self._strangers: dict[Connection, None] = {}  # have not said hello; the oldest first
+        self._clients: dict[Connection, None] = {}
+        self._listener = transport.listen()
+        self.url = self._listener.url
+
+    def run(self) -> None:
+        """Serve until `stop`, or until the transport can bring no further client; then let
+        running calls end within the grace, and cut what is left."""
+        try:
+            while (stream := self._listener.accept()) is not None:
+                self._welcome(stream)
+        finally:
+            self._drain()
+
+    def stop(self) -> None:
+        """From any thread, or a signal handler: make `run` return."""
+        self._listener.interrupt()
+
+    def close(self) -> None:
+        """Stop listening, and remove the address. Idempotent; `run` ends with it."""
+        self._listener.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _welcome(self, stream: Stream) -> None:
+        session = ServerSession(*self._options)
+        connection = Connection(stream, self._service, session, self._on_hello)
+        thread = threading.Thread(target=self._serve, args=(connection,), daemon=True)
+        with self._changed:
+            if len(self._strangers) >= STRANGERS_MAX:
+                oldest = next(iter(self._strangers))
+                oldest.cut = True
+                oldest.stream.interrupt()
+            self._strangers[connection] = None
+            self._tell_crowd()
+        try:
+            thread.start()
+        except RuntimeError as error:  # no further thread
+            log.warning("a client was turned away: %s", error)
+            self._forget(connection)
+
+    def _serve(self, connection: Connection) -> None:
+        try:
+            connection.run()
+        except Exception as error:
+            log.error("a connection failed", exc_info=error)
+        finally:
+            self._forget(connection)
+
+    def _on_hello(self, connection: Connection) -> None:
+        with self._changed:
+            if len(self._clients) >= self._clients_max:
+                what = f"the server has {self._clients_max} clients and takes no more"
+                raise Error(Status.RESOURCE_EXHAUSTED, what)
+            self._strangers.pop(connection, None)
+            self._clients[connection] = None
+
+    def _forget(self, connection: Connection) -> None:
+        with self._changed:
+            connection.stream.close()  # under the lock: nobody interrupts it after that
+            self._strangers.pop(connection, None)
+            self._clients.pop(connection, None)
+            self._tell_crowd()
+            self._changed.notify_all()
+
+    def _tell_crowd(self) -> None:
+        """Python's threads share the GIL: one connection may spin, several would fight."""
+        everybody = [*self._strangers, *self._clients]
+        for connection in everybody:
+            connection.stream.spinner.crowded = len(everybody) > 1
+
+    def _drain(self) -> None:
+        with self._changed:
+            self._listener.close()
+            for connection in [*self._strangers, *self._clients]:
+                connection.draining = True
+                if connection.is_idle:
+                    connection.stream.interrupt()
+            if self._changed.wait_for(self._is_empty, self._grace_s):
+                return
+            for connection in [*self._strangers, *self._clients]:
+                connection.cut = True
+                connection.stream.interrupt()
+            self._changed.wait_for(self._is_empty, CUT_S)
+
+    def _is_empty(self) -> bool:
+        return not self._strangers and not self._clients

@@ -1,0 +1,167 @@
+"""The service: echo and stream, from both sides. This is the file to replace with one's own.
+
+Server: `make_service()` registers a handler for each method. Client: `Bridge` gives each method a
+typed face over `call` and `call_stream`. The contract is proto/bridge.proto.
+"""
+
+import math
+import struct
+from collections.abc import Iterable, Iterator
+from types import TracebackType
+from typing import Protocol, Self
+
+from ipc_bridge.bridge_pb2 import StreamRequest
+from ipc_bridge.errors import Error, Status
+from ipc_bridge.frame import Buffer
+from ipc_bridge.server import Call, Item, Pause, Service
+from ipc_bridge.system import now_ns
+
+ECHO = 1
+STREAM = 2
+
+PATTERN_PERIOD = 65521  # a prime: no item size divides it, so a shifted item never verifies
+ITEM_STRIDE = 257
+STAMP = struct.Struct("<Q")  # monotonic ns
+
+_PERIOD = bytes((k * k + (k >> 8)) % 251 for k in range(PATTERN_PERIOD))
+
+
+class Pattern:
+    """The bytes of every item of one size (bridge.proto)."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        bytes_needed = PATTERN_PERIOD + size
+        self._bytes = bytearray(_PERIOD * -(-bytes_needed // PATTERN_PERIOD))
+        self._view = memoryview(self._bytes)
+
+    def item(self, index: int) -> memoryview:
+        """Item `index`, without a copy."""
+        at = index * ITEM_STRIDE % PATTERN_PERIOD
+        return self._view[at : at + self.size]
+
+    def verifies(self, index: int, item: memoryview, skip: int = 0) -> bool:
+        """Is this item `index`, apart from its first `skip` bytes?
+
+        (A bytearray compares with a view by memcmp; a view with a view does not.)
+        """
+        at = index * ITEM_STRIDE % PATTERN_PERIOD
+        if skip:
+            return self._bytes[at + skip : at + self.size] == item[skip:]
+        return self._bytes[at : at + self.size] == item
+
+
+def make_service() -> Service:
+    """The two methods, for a server."""
+    service = Service()
+    service.unary(ECHO, echo)
+    service.streaming(STREAM, stream)
+    return service
+
+
+def echo(call: Call, request: memoryview) -> Buffer:
+    """The same bytes."""
+    return request
+
+
+def stream(call: Call, request: memoryview) -> Iterator[Item]:
+    """`count` items of the pattern, paced if asked for. Raises Error: INVALID_ARGUMENT."""
+    asked = _parse(bytes(request))
+    if asked.size > call.peer_payload_bytes_max:
+        what = f"items of {asked.size} bytes, the client takes {call.peer_payload_bytes_max}"
+        raise Error(Status.RESOURCE_EXHAUSTED, what)
+    items = Pattern(asked.size)
+    item = items.item
+    if not asked.rate_hz and not asked.stamped:
+        return map(item, range(asked.count))
+    return _paced(items, asked)
+
+
+def _paced(items: Pattern, asked: StreamRequest) -> Iterator[Item]:
+    began_ns = now_ns()
+    stamped = bytearray(items.size)
+    for index in range(asked.count):
+        if asked.rate_hz:
+            due_ns = began_ns + int(index * 1e9 / asked.rate_hz)
+            if now_ns() < due_ns:
+                yield Pause(due_ns)
+        if asked.stamped:
+            stamped[:] = items.item(index)
+            STAMP.pack_into(stamped, 0, now_ns())
+            yield stamped
+        else:
+            yield items.item(index)
+
+
+def _parse(request: bytes) -> StreamRequest:
+    asked = StreamRequest()
+    try:
+        asked.ParseFromString(request)
+    except Exception:
+        raise Error(Status.INVALID_ARGUMENT, "not a StreamRequest") from None
+    if not math.isfinite(asked.rate_hz) or asked.rate_hz < 0:
+        raise Error(Status.INVALID_ARGUMENT, f"rate_hz of {asked.rate_hz:g}")
+    if asked.stamped and asked.size < STAMP.size:
+        raise Error(Status.INVALID_ARGUMENT, f"a stamp takes {STAMP.size} bytes")
+    return asked
+
+
+class Caller(Protocol):
+    """What makes calls: `client.Client`, or another with the same face."""
+
+    def call(self, method: int, payload: Buffer = ..., timeout: float | None = ...) -> memoryview:
+        """A unary call."""
+        ...
+
+    def call_stream(
+        self, method: int, payload: Buffer = ..., timeout: float | None = ...
+    ) -> Iterable[memoryview]:
+        """A streaming call."""
+        ...
+
+    def close(self) -> None:
+        """Close the connection."""
+        ...
+
+
+class Bridge:
+    """The service as its client sees it. Close it, or use it in a `with`."""
+
+    def __init__(self, caller: Caller) -> None:
+        self.caller = caller
+        self.call = caller.call
+        self.call_stream = caller.call_stream
+
+    def echo(self, payload: Buffer, timeout: float | None = None) -> memoryview:
+        """The same bytes, as a view that lives until the next call (`bytes(view)` keeps it).
+
+        `timeout` in seconds. Raises as Client.call does.
+        """
+        return self.call(ECHO, payload, timeout)
+
+    def stream(
+        self,
+        count: int,
+        size: int,
+        rate_hz: float = 0.0,
+        stamped: bool = False,
+        timeout: float | None = None,
+    ) -> Iterable[memoryview]:
+        """`count` items of `size` bytes, each a view that lives until the next; see bridge.proto.
+
+        Leaving the loop early cancels. Raises as Client.call_stream does.
+        """
+        asked = StreamRequest(count=count, size=size, rate_hz=rate_hz, stamped=stamped)
+        return self.call_stream(STREAM, asked.SerializeToString(), timeout)
+
+    def close(self) -> None:
+        """Close the connection. Idempotent."""
+        self.caller.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,397 @@
+"""The session: who may say what, and when (the state table of proto/FRAME.md).
+
+Sans-IO, as `frame`: the driver (client or server) reads into `decoder.space()`, takes events from
+`next_event()` until it says None, and writes what stands in `outbox`. None is "not yet"; a
+ProtocolError means that the peer broke the contract and is final for this session. There is no
+clock here: deadlines are the driver's, and reach the session as a cancel or an end.
+
+An event is a Kind; what it carries stands in the attributes below it until the next one.
+"""
+
+from collections.abc import Callable
+from enum import IntEnum
+from typing import Any
+
+from ipc_bridge import frame
+from ipc_bridge.errors import MESSAGE_BYTES_MAX, CallError, ProtocolError, Status, UsageError
+from ipc_bridge.frame import HEADER, HEADER_BYTES, Buffer, Decoder, Header, Kind, Outbox
+
+WINDOW_BYTES = 4 << 20  # default: a few of the largest items that people stream, for full speed
+WINDOW_BYTES_MAX = 1 << 30
+_U32 = (1 << 32) - 1
+
+
+class State(IntEnum):
+    """Where a session stands; the client's OPEN is the server's RUNNING."""
+
+    HELLO = 0
+    IDLE = 1
+    OPEN = 2
+    RUNNING = 3
+    DRAINING = 4
+    CLOSED = 5
+
+
+def next_id(call_id: int) -> int:
+    """Ids rise by 1 from 1; 0 is skipped on wrap."""
+    return (call_id & _U32) % _U32 + 1
+
+
+class Session:
+    """What both sides share: the hello, the farewell, and the walk through the table."""
+
+    table: dict[State, dict[int, Callable[[Any, Header], Kind | None]]]
+
+    def __init__(self, window_bytes: int, payload_bytes_max: int) -> None:
+        if not 1 <= window_bytes <= WINDOW_BYTES_MAX:
+            raise UsageError(Status.INVALID_ARGUMENT, f"window of {window_bytes} bytes")
+        if not 0 <= payload_bytes_max <= frame.PAYLOAD_BYTES_LIMIT:
+            raise UsageError(Status.INVALID_ARGUMENT, f"max_payload of {payload_bytes_max} bytes")
+        self.state = State.HELLO
+        self.outbox = Outbox()
+        self.broken: ProtocolError | None = None  # what the peer did, once it broke the rules
+        self.decoder = Decoder(MESSAGE_BYTES_MAX)  # for strangers; see _meet
+        self.window_bytes = window_bytes
+        self.peer_window_bytes = 0
+        self.peer_payload_bytes_max = 0
+        # Of the latest event:
+        self.payload: memoryview = memoryview(b"")  # CALL, ITEM, END with OK
+        self.status = Status.OK  # END
+        self.message = ""  # END with another status
+        self.method = 0  # CALL
+        self.streaming = False  # CALL: the answer is a stream
+        self.remaining_ms = 0  # CALL: to the deadline; 0: none
+        self._payload_bytes_max = max(payload_bytes_max, MESSAGE_BYTES_MAX)
+        hello = frame.HELLO.pack(frame.MAGIC, payload_bytes_max)
+        header = frame.encode(Kind.HELLO, len(hello), code=frame.VERSION, value=window_bytes)
+        self.outbox.put(header, hello)
+
+    def next_event(self) -> Kind | None:
+        """The next event; None: read more. Raises ProtocolError, and again whenever it is asked."""
+        if self.broken is not None:
+            raise self.broken
+        try:
+            while True:
+                header = self.decoder.next()
+                if header is None:
+                    return None
+                action = self.table[self.state].get(header[1])
+                if action is None:
+                    name = Kind(header[1]).name
+                    raise ProtocolError(f"{name} while {self.state.name}")
+                event = action(self, header)
+                if event is not None:
+                    return event
+        except ProtocolError as error:
+            self.broken = error
+            raise
+
+    def farewell(self, status: Status, message: str) -> None:
+        """End the session, and tell the peer why (END of call 0)."""
+        if self.state != State.CLOSED:
+            self._put_end(0, status, message)
+            self.state = State.CLOSED
+
+    def _put_end(self, call_id: int, status: Status, message: str) -> None:
+        if status == Status.OK:
+            status = Status.INTERNAL  # a failure that calls itself OK would be another frame
+        text = message.encode("utf-8", "replace")[:MESSAGE_BYTES_MAX]
+        text = text.decode("utf-8", "ignore").encode()  # never cut inside a character
+        header = frame.encode(Kind.END, len(text), code=status, call_id=call_id)
+        self.outbox.put(header, text)
+
+    def _meet(self, header: Header) -> None:
+        magic, payload_bytes_max = frame.HELLO.unpack(self.decoder.payload)
+        if magic != frame.MAGIC:
+            raise ProtocolError("HELLO without the magic IPCB")
+        if header[3] != frame.VERSION:
+            raise ProtocolError(f"version {header[3]}, this side speaks {frame.VERSION}")
+        if not 1 <= header[5] <= WINDOW_BYTES_MAX:
+            raise ProtocolError(f"window of {header[5]} bytes")
+        self.peer_window_bytes = header[5]
+        self.peer_payload_bytes_max = payload_bytes_max
+        self.decoder.payload_bytes_max = self._payload_bytes_max
+        self.state = State.IDLE
+
+    def _set_message(self) -> None:
+        try:
+            self.message = str(self.decoder.payload, "utf-8")
+        except UnicodeDecodeError:
+            raise ProtocolError("a status message that is not UTF-8") from None
+
+
+class ClientSession(Session):
+    """The caller's side: `call`, then ITEM and END events of that call, or `cancel`."""
+
+    def __init__(
+        self,
+        window_bytes: int = WINDOW_BYTES,
+        payload_bytes_max: int = frame.PAYLOAD_BYTES_MAX,
+    ) -> None:
+        super().__init__(window_bytes, payload_bytes_max)
+        self._call_id = 0  # of the latest call
+        self._answer_id = 1  # of the oldest call whose END has not come: the only one answered
+        self._streaming = False
+        self._index = 0  # of the next item
+        self._allowed = 0  # credit as the server has it: above 0 it may send
+        self._granted = 0  # credit sent since the last read: no item read by then rests on it
+        self._owed = 0  # cost of items taken and not yet given back
+        self._leaving = False  # the server said GOODBYE
+
+    def call(self, method: int, payload: Buffer, streaming: bool, remaining_ms: int) -> None:
+        """Start a call; `remaining_ms` to its deadline, 0 for none.
+
+        Raises UsageError (FAILED_PRECONDITION: another call is open; RESOURCE_EXHAUSTED: more
+        than the server takes) or CallError (UNAVAILABLE); nothing is sent then.
+        """
+        if self.state != State.IDLE:
+            if self.state == State.OPEN:
+                what = "a call is under way on this connection"
+                raise UsageError(Status.FAILED_PRECONDITION, what)
+            raise CallError(Status.UNAVAILABLE, "the connection is closed")
+        if self._leaving:
+            raise CallError(Status.UNAVAILABLE, "the server is shutting down")
+        size = len(payload)
+        if size > self.peer_payload_bytes_max:
+            what = f"payload of {size} bytes, the server takes {self.peer_payload_bytes_max}"
+            raise UsageError(Status.RESOURCE_EXHAUSTED, what)
+        self._call_id = next_id(self._call_id)
+        self._streaming = streaming
+        self._index = self._owed = self._granted = 0
+        self._allowed = self.window_bytes
+        self.outbox.put(
+            HEADER.pack(size, Kind.CALL, streaming, method, self._call_id, remaining_ms), payload
+        )
+        self.state = State.OPEN
+
+    def cancel(self) -> None:
+        """Give the open call up; whatever comes of it later is dropped. Without one: nothing."""
+        if self.state == State.OPEN:
+            self.outbox.put(frame.encode(Kind.CANCEL, call_id=self._call_id))
+            self.state = State.IDLE
+
+    def items(self) -> list[memoryview]:
+        """The payloads of the items that stand ready, for one pass; `consumed` when done."""
+        if self.state != State.OPEN or self._answer_id != self._call_id or not self._streaming:
+            return []
+        bytes_max = min(self._allowed, self.window_bytes // 2 + 1)
+        views = self.decoder.items(self._call_id, self._index, bytes_max)
+        if views:
+            cost = len(views) * HEADER_BYTES + sum(map(len, views))
+            self._allowed -= cost
+            self._index = (self._index + len(views)) & _U32
+            self._owed += cost
+        return views
+
+    def consumed(self) -> None:
+        """All items handed out were used; gives their credit back once half the window is due."""
+        if 2 * self._owed >= self.window_bytes and self.state == State.OPEN:
+            owed = self._owed
+            self.outbox.put(frame.encode(Kind.CREDIT, call_id=self._call_id, value=owed))
+            self._granted += owed
+            self._owed = 0
+
+    def filled(self, count: int) -> None:
+        """`count` bytes were read into `decoder.space()`."""
+        self.decoder.filled(count)
+        if self._granted:
+            self._allowed += self._granted
+            self._granted = 0
+
+    def end_of_input(self) -> Kind | None:
+        """The server's bytes have ended: an END with UNAVAILABLE if a call was open."""
+        was_open = self.state == State.OPEN
+        if self.state != State.CLOSED:
+            self.status = Status.UNAVAILABLE
+            self.message = (
+                "the server has shut down" if self._leaving else "the server closed the connection"
+            )
+        self.state = State.CLOSED
+        return Kind.END if was_open else None
+
+    def _item(self, header: Header) -> Kind | None:
+        if header[4] != self._answer_id or not self._is_awaited():
+            raise ProtocolError(f"ITEM of call {header[4]}")
+        if not self._is_live():
+            return None
+        if not self._streaming:
+            raise ProtocolError("ITEM in answer to a unary call")
+        if header[5] != self._index:
+            raise ProtocolError(f"ITEM {header[5]} where {self._index} was due")
+        if self._allowed <= 0:
+            raise ProtocolError("ITEM without credit")
+        self._allowed -= HEADER_BYTES + header[0]
+        self._owed += HEADER_BYTES + header[0]
+        self._index = (self._index + 1) & _U32
+        self.payload = self.decoder.payload
+        return Kind.ITEM
+
+    def _end(self, header: Header) -> Kind | None:
+        if header[4] == 0:
+            return self._refused(header)
+        if header[4] != self._answer_id or not self._is_awaited():
+            raise ProtocolError(f"END of call {header[4]}")
+        live = self._is_live()
+        self._answer_id = next_id(self._answer_id)
+        if not live:
+            return None
+        if header[3] == 0:
+            if self._streaming and header[0]:
+                raise ProtocolError("END of a stream with a payload")
+            self.status, self.payload = Status.OK, self.decoder.payload
+        else:
+            self.status = Status(header[3])
+            self._set_message()
+        self.state = State.IDLE
+        return Kind.END
+
+    def _refused(self, header: Header) -> Kind:
+        if header[4] != 0:
+            raise ProtocolError(f"END of call {header[4]} before HELLO")
+        self.status = Status(header[3])
+        self._set_message()
+        self.state = State.CLOSED
+        return Kind.END
+
+    def _goodbye(self, header: Header) -> Kind | None:
+        self._leaving = True
+        if self.state == State.OPEN and header[5] != self._call_id:  # it crossed our call
+            self.status, self.message = Status.UNAVAILABLE, "the server is shutting down"
+            self.state = State.CLOSED
+            return Kind.END
+        return None
+
+    def _is_awaited(self) -> bool:
+        return self._answer_id != next_id(self._call_id)
+
+    def _is_live(self) -> bool:
+        return self.state == State.OPEN and self._answer_id == self._call_id
+
+    table = {
+        State.HELLO: {Kind.HELLO: Session._meet, Kind.END: _refused},
+        State.IDLE: {Kind.ITEM: _item, Kind.END: _end, Kind.GOODBYE: _goodbye},
+        State.OPEN: {Kind.ITEM: _item, Kind.END: _end, Kind.GOODBYE: _goodbye},
+        State.CLOSED: {},
+    }
+
+
+class ServerSession(Session):
+    """The callee's side: a CALL event, then `item` while there is `credit`, and one `end`."""
+
+    def __init__(
+        self,
+        window_bytes: int = WINDOW_BYTES,
+        payload_bytes_max: int = frame.PAYLOAD_BYTES_MAX,
+    ) -> None:
+        super().__init__(window_bytes, payload_bytes_max)
+        self.credit = 0  # bytes; an item may be sent while it is above 0
+        self.cancelled = False  # the running call was; `end` it, nothing is decoded before
+        self._call_id = 0  # of the latest call
+        self._index = 0  # of the next item
+        self._leaving = False  # GOODBYE after the running call
+
+    def next_event(self) -> Kind | None:
+        """The next event; None: read more, or (after a CANCEL) `end` the call first."""
+        if self.cancelled:
+            return None
+        if self.state == State.IDLE and self.outbox.size == 0:
+            self.decoder.release()
+        return super().next_event()
+
+    def item(self, payload: Buffer) -> None:
+        """Send the next item of the running stream; only while `credit` is above 0.
+
+        Raises UsageError (RESOURCE_EXHAUSTED) if the client takes no payload of that size.
+        """
+        size = len(payload)
+        if size > self.peer_payload_bytes_max:
+            raise self._too_large(size)
+        self.credit -= HEADER_BYTES + size
+        self.outbox.put(HEADER.pack(size, Kind.ITEM, 0, 0, self._call_id, self._index), payload)
+        self._index = (self._index + 1) & _U32
+
+    def end(self, payload: Buffer = b"") -> None:
+        """End the running call with OK; `payload` is the reply of a unary one.
+
+        Raises UsageError (RESOURCE_EXHAUSTED) if the client takes no payload of that size.
+        """
+        size = len(payload)
+        if size > self.peer_payload_bytes_max:
+            raise self._too_large(size)
+        self.outbox.put(HEADER.pack(size, Kind.END, 0, 0, self._call_id, 0), payload)
+        self._ended()
+
+    def fail(self, status: Status, message: str) -> None:
+        """End the running call with another status than OK."""
+        self._put_end(self._call_id, status, message)
+        self._ended()
+
+    def drain(self) -> None:
+        """Take no further call: GOODBYE at once, or after the running one."""
+        if self._leaving:
+            return
+        self._leaving = True
+        if self.state in (State.HELLO, State.IDLE):
+            self._ended()
+
+    def end_of_input(self) -> Kind | None:
+        """The client's bytes have ended: a CANCEL if a call was running."""
+        was_running = self.state == State.RUNNING
+        self.cancelled = was_running
+        self.state = State.CLOSED
+        return Kind.CANCEL if was_running else None
+
+    def _ended(self) -> None:
+        self.cancelled = False
+        self.state = State.IDLE
+        if self._leaving:
+            self.outbox.put(frame.encode(Kind.GOODBYE, value=self._call_id))
+            self.state = State.DRAINING
+
+    def _too_large(self, size: int) -> UsageError:
+        what = f"payload of {size} bytes, the client takes {self.peer_payload_bytes_max}"
+        return UsageError(Status.RESOURCE_EXHAUSTED, what)
+
+    def _call(self, header: Header) -> Kind | None:
+        if header[4] != next_id(self._call_id):
+            raise ProtocolError(f"CALL {header[4]} after {self._call_id}")
+        self._call_id = header[4]
+        if self.state == State.DRAINING:
+            self._put_end(self._call_id, Status.UNAVAILABLE, "the server is shutting down")
+            return None
+        self.method = header[3]
+        self.streaming = bool(header[2] & frame.STREAM_WANTED)
+        self.remaining_ms = header[5]
+        self.payload = self.decoder.payload
+        self.decoder.hold()
+        self.credit = self.peer_window_bytes
+        self._index = 0
+        self.state = State.RUNNING
+        return Kind.CALL
+
+    def _credit(self, header: Header) -> None:
+        if not self._concerns_running(header):
+            return
+        self.credit += header[5]
+        if self.credit > self.peer_window_bytes:
+            raise ProtocolError("CREDIT above the window")
+
+    def _cancel(self, header: Header) -> Kind | None:
+        if not self._concerns_running(header):
+            return None
+        self.cancelled = True
+        return Kind.CANCEL
+
+    def _concerns_running(self, header: Header) -> bool:
+        """True for the running call, False for an earlier one; a later one breaks the rules."""
+        if (self._call_id - header[4]) & _U32 >= 1 << 31:
+            raise ProtocolError(f"{Kind(header[1]).name} of call {header[4]}, not yet made")
+        return self.state == State.RUNNING and header[4] == self._call_id
+
+    table = {
+        State.HELLO: {Kind.HELLO: Session._meet},
+        State.IDLE: {Kind.CALL: _call, Kind.CREDIT: _credit, Kind.CANCEL: _cancel},
+        State.RUNNING: {Kind.CREDIT: _credit, Kind.CANCEL: _cancel},
+        State.DRAINING: {Kind.CALL: _call, Kind.CREDIT: _credit, Kind.CANCEL: _cancel},
+        State.CLOSED: {},
+    }

@@ -1,0 +1,331 @@
+"""Stream sockets: `unix` (one machine) and `tcp` (also the next one).
+
+Pick `unix` when in doubt: bidirectional, the kernel names the peer's user, and its end shows at
+once. Pick `tcp` when the peers may part one day; it costs about half as much again on loopback.
+
+Meeting: listen and accept. `unix` takes a lock beside its address first, so that a second server
+is told so and the socket of a dead one is reclaimed; for `tcp` the kernel's own rule suffices.
+
+The trap: a socket is a stream, so a read may end anywhere and a write may be partial. Others are
+remedied where they bite below: Nagle's delay, SIGPIPE, connecting to oneself, full descriptors.
+
+Copy with it: errors, system (and frame, session, client, server for the calls on top).
+Run: python -m ipc_bridge.peer serve unix:///tmp/demo.sock
+"""
+
+import contextlib
+import errno
+import ipaddress
+import os
+import select
+import socket
+import stat
+import time
+from collections.abc import Callable, Sequence
+
+from ipc_bridge.errors import Error, Status, SystemError
+from ipc_bridge.system import (
+    END,
+    EXHAUSTED,
+    NEVER,
+    RETRY_NS,
+    WOULD_BLOCK,
+    Buffer,
+    Listener,
+    Lock,
+    Spinner,
+    Stream,
+    Transport,
+    Wait,
+    Wakeup,
+    check_peer,
+    checked,
+    now_ns,
+    sleep_until_ready,
+)
+
+BACKLOG = 1024  # clients that may knock at once before connect(2) has to try again
+PATH_BYTES_MAX = 107  # sockaddr_un.sun_path less its NUL, unix(7)
+CONNECT_RETRY_S = (0.001, 0.05)  # first and longest pause between attempts to reach a server
+DEAD_AFTER_MS = 10_000  # unacknowledged data, or silence after probes: the host is gone (tcp(7))
+
+
+class SocketStream(Stream):
+    """A connected socket, in blocking mode: MSG_DONTWAIT says where not to wait, so that a reader
+    with nothing else to do sleeps and reads in one system call."""
+
+    def __init__(self, sock: socket.socket, wait: Wait) -> None:
+        sock.setblocking(True)
+        self.spinner = Spinner(wait)
+        self._sock = sock
+        self._poll = select.poll()
+        self._poll.register(sock, 0)
+
+    def try_read(self, buffer: memoryview) -> int:
+        try:
+            return self._sock.recv_into(buffer, 0, socket.MSG_DONTWAIT) or END
+        except BlockingIOError:
+            return WOULD_BLOCK
+        except OSError as error:
+            return _end_of(error)
+
+    def try_write(self, buffers: Sequence[Buffer]) -> int:
+        flags = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+        try:
+            if len(buffers) == 1:
+                return self._sock.send(buffers[0], flags)
+            return self._sock.sendmsg(buffers, (), flags)
+        except BlockingIOError:
+            return WOULD_BLOCK
+        except OSError as error:
+            return _end_of(error)
+
+    def wait(self, readable: bool, writable: bool, deadline_ns: int) -> bool:
+        events = (select.POLLIN if readable else 0) | (select.POLLOUT if writable else 0)
+        self._poll.modify(self._sock, events)
+        return sleep_until_ready(self._poll, deadline_ns)
+
+    def _sleep_and_read(self, buffer: memoryview, deadline_ns: int) -> int:
+        if deadline_ns != NEVER:
+            return super()._sleep_and_read(buffer, deadline_ns)
+        try:
+            return self._sock.recv_into(buffer) or END
+        except OSError as error:
+            return _end_of(error)
+
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
+    def interrupt(self) -> None:
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RD)
+
+    def close(self) -> None:
+        self._sock.close()
+
+
+def _end_of(error: OSError) -> int:
+    """END for the errors that mean that the peer has gone; others are raised."""
+    if error.errno in (errno.EPIPE, errno.ECONNRESET, errno.ETIMEDOUT, errno.EHOSTUNREACH):
+        return END
+    raise SystemError("recv or send", error.errno or 0, "socket") from None
+
+
+class SocketListener(Listener):
+    """A listening socket; `admit` says whether a client may stay, by raising Error."""
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        url: str,
+        wait: Wait,
+        admit: Callable[[socket.socket], None],
+        cleanup: Callable[[], None],
+    ) -> None:
+        self.url = url
+        self._sock = sock
+        self._wait = wait
+        self._admit = admit
+        self._cleanup = cleanup
+        self._wakeup = Wakeup()
+        self._stopped = False
+        sock.setblocking(False)
+
+    def accept(self) -> Stream | None:
+        poll = select.poll()
+        poll.register(self._wakeup, select.POLLIN)
+        poll.register(self._sock, select.POLLIN)
+        while True:
+            poll.poll()
+            if self._stopped:
+                return None
+            try:
+                sock, _ = self._sock.accept()
+            except OSError as error:
+                if error.errno in EXHAUSTED:  # still readable: without a pause this would spin
+                    self._pause()
+                continue  # anything else concerns a client that has left already: accept(2)
+            try:
+                self._admit(sock)
+                return SocketStream(sock, self._wait)
+            except (Error, OSError):
+                sock.close()
+
+    def interrupt(self) -> None:
+        self._stopped = True
+        self._wakeup.set()
+
+    def close(self) -> None:
+        self._sock.close()
+        self._wakeup.close()
+        cleanup, self._cleanup = self._cleanup, lambda: None
+        cleanup()
+
+    def _pause(self) -> None:
+        poll = select.poll()
+        poll.register(self._wakeup, select.POLLIN)
+        sleep_until_ready(poll, now_ns() + RETRY_NS)
+
+
+class Unix(Transport):
+    """`unix:///path`: a socket file, mode 0600, and `path.lock` while a server lives."""
+
+    def __init__(self, path: str, wait: Wait = Wait.ADAPTIVE) -> None:
+        """Raises Error: INVALID_ARGUMENT for a path that is empty or too long."""
+        if not 0 < len(os.fsencode(path)) <= PATH_BYTES_MAX:
+            what = f"a socket's path takes 1 to {PATH_BYTES_MAX} bytes"
+            raise Error(Status.INVALID_ARGUMENT, what, path)
+        self.path = path
+        self.url = f"unix://{path}"
+        self._wait = wait
+
+    def connect(self, deadline_ns: int) -> Stream:
+        def attempt() -> socket.socket:
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            try:
+                sock.setblocking(False)
+                sock.connect(self.path)
+                check_peer(sock, self.url)
+            except BaseException:
+                sock.close()
+                raise
+            return sock
+
+        # EAGAIN: the backlog is full, connect(2).
+        later = (errno.ENOENT, errno.ECONNREFUSED, errno.EAGAIN)
+        return SocketStream(_persist(attempt, later, self.url, deadline_ns), self._wait)
+
+    def listen(self) -> Listener:
+        lock = Lock(self.path + ".lock")
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self._reclaim()
+            with checked("bind", self.path):
+                os.fchmod(sock.fileno(), 0o600)  # the file is born with this mode
+                sock.bind(self.path)
+                mine = os.stat(self.path).st_ino
+                sock.listen(BACKLOG)
+        except BaseException:
+            sock.close()
+            lock.close()
+            raise
+
+        def cleanup() -> None:
+            with contextlib.suppress(OSError):
+                if os.stat(self.path).st_ino == mine:
+                    os.unlink(self.path)
+            lock.close()
+
+        return SocketListener(
+            sock, self.url, self._wait, lambda peer: check_peer(peer, self.url), cleanup
+        )
+
+    def _reclaim(self) -> None:
+        """Remove a dead server's socket; only under the lock, and only if it is ours."""
+        try:
+            info = os.stat(self.path, follow_symlinks=False)
+        except FileNotFoundError:
+            return
+        if not stat.S_ISSOCK(info.st_mode) or info.st_uid != os.geteuid():
+            what = "something that is not our socket is in the way"
+            raise Error(Status.ALREADY_EXISTS, what, self.path)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.setblocking(False)
+            if probe.connect_ex(self.path) != errno.ECONNREFUSED:
+                what = "another program listens on this socket"
+                raise Error(Status.ALREADY_EXISTS, what, self.path)
+        os.unlink(self.path)
+
+
+class Tcp(Transport):
+    """`tcp://host:port`; port 0 lets the kernel choose. A server binds loopback unless
+    `allow_remote` is set: there is neither encryption nor a password on this wire."""
+
+    def __init__(
+        self, host: str, port: int, wait: Wait = Wait.ADAPTIVE, allow_remote: bool = False
+    ) -> None:
+        self.host = host
+        self.port = port
+        self.url = _tcp_url(host, port)
+        self._wait = wait
+        self._allow_remote = allow_remote
+
+    def connect(self, deadline_ns: int) -> Stream:
+        def attempt() -> socket.socket:
+            family, address = self._resolve()
+            sock = socket.socket(family, socket.SOCK_STREAM)
+            try:
+                if deadline_ns != NEVER:
+                    sock.settimeout(max(0.001, (deadline_ns - now_ns()) / 1e9))
+                sock.connect(address)
+                if sock.getsockname() == sock.getpeername():
+                    # A port of the ephemeral range with no server: TCP may meet itself there.
+                    raise ConnectionRefusedError(errno.ECONNREFUSED, "connected to oneself")
+                _prepare(sock)
+            except TimeoutError:
+                sock.close()
+                raise ConnectionRefusedError(errno.ECONNREFUSED, "timed out") from None
+            except BaseException:
+                sock.close()
+                raise
+            return sock
+
+        later = (errno.ECONNREFUSED, errno.ECONNRESET, errno.EADDRNOTAVAIL, errno.EHOSTUNREACH)
+        return SocketStream(_persist(attempt, later, self.url, deadline_ns), self._wait)
+
+    def listen(self) -> Listener:
+        family, address = self._resolve()
+        if not self._allow_remote and not ipaddress.ip_address(address[0]).is_loopback:
+            what = "not a loopback address; ?allow_remote=1 serves other hosts, unencrypted"
+            raise Error(Status.PERMISSION_DENIED, what, self.url)
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            # Else the connections of an earlier server block its port for a minute: socket(7).
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            with checked("bind", self.url):
+                sock.bind(address)
+                sock.listen(BACKLOG)
+        except BaseException:
+            sock.close()
+            raise
+        url = _tcp_url(self.host, sock.getsockname()[1])
+        return SocketListener(sock, url, self._wait, _prepare, lambda: None)
+
+    def _resolve(self) -> tuple[socket.AddressFamily, tuple[str, int]]:
+        try:
+            found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
+        except OSError:
+            raise Error(Status.NOT_FOUND, "unknown host", self.url) from None
+        return found[0][0], (str(found[0][4][0]), self.port)
+
+
+def _tcp_url(host: str, port: int) -> str:
+    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+
+
+def _prepare(sock: socket.socket) -> None:
+    """Set what every TCP connection of ours needs (tcp(7))."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # a reply must not wait for an ACK
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, DEAD_AFTER_MS)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a host that fell silent
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, DEAD_AFTER_MS // 2000)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1)
+
+
+def _persist(
+    attempt: Callable[[], socket.socket], later: tuple[int, ...], url: str, deadline_ns: int
+) -> socket.socket:
+    """Attempt until it works, or the deadline; `later` are the errors that a server's start may
+    mend. (connect(2) has nothing to wait on for a server that is not there yet.)"""
+    pause_s, longest_s = CONNECT_RETRY_S
+    while True:
+        try:
+            return attempt()
+        except OSError as error:
+            if error.errno not in later:
+                raise SystemError("connect", error.errno or 0, url) from None
+        left_ns = deadline_ns - now_ns()
+        if left_ns <= 0:
+            raise Error(Status.UNAVAILABLE, "no server", url)
+        time.sleep(min(pause_s, left_ns / 1e9))
+        pause_s = min(2 * pause_s, longest_s)
