@@ -36,7 +36,7 @@ struct ConnectOptions {
 
 // Where the items of a call come from.
 class ItemSource {
-public:
+  public:
     virtual ~ItemSource() = default;
     virtual std::optional<Bytes> next() = 0;
     virtual void close() noexcept = 0;
@@ -47,7 +47,7 @@ public:
 // Leaving the loop early, `close`, or dropping it cancels the call. Iteration throws CallError for
 // an end that is not OK.
 class Items {
-public:
+  public:
     explicit Items(std::unique_ptr<ItemSource> source) : source_(std::move(source)) {}
     Items(Items&&) = default;
     Items& operator=(Items&&) = delete;
@@ -64,7 +64,7 @@ public:
     }
 
     class Iterator {
-    public:
+      public:
         using iterator_concept = std::input_iterator_tag;
         using difference_type = std::ptrdiff_t;
         using value_type = Bytes;
@@ -77,31 +77,33 @@ public:
         void operator++(int) { ++*this; }
         bool operator==(std::default_sentinel_t) const { return !item_; }
 
-    private:
+      private:
         ItemSource* source_;
         std::optional<Bytes> item_;
     };
     Iterator begin() { return Iterator(source_.get()); }
     std::default_sentinel_t end() const { return {}; }
 
-private:
+  private:
     std::unique_ptr<ItemSource> source_;
 };
 
 // What makes calls: `Client`, or another with the same face.
 class Caller {
-public:
+  public:
     virtual ~Caller() = default;
-    virtual Bytes call(std::uint16_t method, Bytes payload = {},
-                       std::optional<double> timeout = std::nullopt) = 0;
-    virtual Items call_stream(std::uint16_t method, Bytes payload = {},
-                              std::optional<double> timeout = std::nullopt) = 0;
+    virtual Bytes call(
+        std::uint16_t method, Bytes payload = {}, std::optional<double> timeout = std::nullopt
+    ) = 0;
+    virtual Items call_stream(
+        std::uint16_t method, Bytes payload = {}, std::optional<double> timeout = std::nullopt
+    ) = 0;
     virtual void close() = 0;
 };
 
 // A connection to a server. Not movable: an open stream refers to it.
 class Client : public Caller {
-public:
+  public:
     // Reach a server, waiting up to `options.timeout` seconds for it to start, and exchange hellos.
     //
     // Throws Error: UNAVAILABLE at the timeout, INVALID_ARGUMENT, PERMISSION_DENIED,
@@ -123,8 +125,9 @@ public:
     // (FAILED_PRECONDITION: a stream is open; RESOURCE_EXHAUSTED: too large), CallError with the
     // server's status, DEADLINE_EXCEEDED, or UNAVAILABLE if the server has gone; the connection
     // lives after all but UNAVAILABLE, and a deadline met while the request was still being sent.
-    Bytes call(std::uint16_t method, Bytes payload = {},
-               std::optional<double> timeout = std::nullopt) override {
+    Bytes call(
+        std::uint16_t method, Bytes payload = {}, std::optional<double> timeout = std::nullopt
+    ) override {
         start(method, payload, false, timeout);
         while (event() != Kind::END) {
         }
@@ -132,8 +135,9 @@ public:
     }
 
     // Call a streaming method; the items come as they are iterated. Throws as `call`.
-    Items call_stream(std::uint16_t method, Bytes payload = {},
-                      std::optional<double> timeout = std::nullopt) override {
+    Items call_stream(
+        std::uint16_t method, Bytes payload = {}, std::optional<double> timeout = std::nullopt
+    ) override {
         start(method, payload, true, timeout);
         return Items(std::make_unique<Source>(*this));
     }
@@ -147,9 +151,9 @@ public:
         stream_->close();
     }
 
-private:
+  private:
     class Source : public ItemSource {
-    public:
+      public:
         explicit Source(Client& client) : client_(client) {}
 
         std::optional<Bytes> next() override {
@@ -168,7 +172,7 @@ private:
             }
         }
 
-    private:
+      private:
         std::optional<Bytes> more() {
             if (!open_) {
                 return std::nullopt;

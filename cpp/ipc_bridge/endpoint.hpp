@@ -2,8 +2,8 @@
 //
 //     pipe:///dir            stdio:COMMAND WORDS        unix:///path        tcp://127.0.0.1:5000
 //
-// Options follow as a query: `?wait=block|spin|adaptive` everywhere, `?allow_remote=1` for tcp; that
-// of stdio stands before the command: `stdio:?wait=spin COMMAND WORDS`.
+// Options follow as a query: `?wait=block|spin|adaptive` everywhere, `?allow_remote=1` for tcp;
+// that of stdio stands before the command: `stdio:?wait=spin COMMAND WORDS`.
 #pragma once
 
 #include <charconv>
@@ -49,8 +49,9 @@ inline std::string unquote(std::string_view text) {
     return out;
 }
 
-inline Options options_of(std::string_view query, std::initializer_list<std::string_view> known,
-                          const std::string& url) {
+inline Options options_of(
+    std::string_view query, std::initializer_list<std::string_view> known, const std::string& url
+) {
     Options options;
     while (!query.empty()) {
         const auto pair = query.substr(0, query.find('&'));
@@ -147,8 +148,9 @@ inline std::unique_ptr<Transport> make_tcp(const std::string& url) {
         refuse("tcp takes a host and a port", url);
     }
     const Options options = options_of(parts.query, {"wait", "allow_remote"}, url);
-    return std::make_unique<Tcp>(host, port, wait_of(options, url),
-                                 flag_of(options, "allow_remote", url));
+    return std::make_unique<Tcp>(
+        host, port, wait_of(options, url), flag_of(options, "allow_remote", url)
+    );
 }
 
 inline std::unique_ptr<Transport> make_pipe(const std::string& url) {
@@ -203,8 +205,9 @@ inline std::unique_ptr<Transport> make_stdio(const std::string& url) {
         query = command.substr(1, command.find(' ') - 1);
         command.remove_prefix(std::min(command.size(), query.size() + 2));
     }
-    return std::make_unique<Stdio>(words_of(command, url),
-                                   wait_of(options_of(query, {"wait"}, url), url));
+    return std::make_unique<Stdio>(
+        words_of(command, url), wait_of(options_of(query, {"wait"}, url), url)
+    );
 }
 
 struct Scheme {
@@ -240,8 +243,9 @@ inline Bridge connect(const std::string& url, const ConnectOptions& options = {}
 
 // Become the server of `url`; `run` what it returns. The options and errors are those of Server;
 // the service is echo and stream unless given.
-inline std::unique_ptr<Server> serve(const std::string& url, Service service = make_service(),
-                                     const ServeOptions& options = {}) {
+inline std::unique_ptr<Server> serve(
+    const std::string& url, Service service = make_service(), const ServeOptions& options = {}
+) {
     return std::make_unique<Server>(*make_transport(url), std::move(service), options);
 }
 

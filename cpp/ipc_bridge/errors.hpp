@@ -40,12 +40,23 @@ inline constexpr std::uint16_t status_max = 16;
 
 inline std::string_view name_of(Status status) {
     static constexpr std::string_view names[] = {
-        "OK",           "CANCELLED",         "UNKNOWN",
-        "INVALID_ARGUMENT", "DEADLINE_EXCEEDED", "NOT_FOUND",
-        "ALREADY_EXISTS", "PERMISSION_DENIED", "RESOURCE_EXHAUSTED",
-        "FAILED_PRECONDITION", "ABORTED", "OUT_OF_RANGE",
-        "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE",
-        "DATA_LOSS", "UNAUTHENTICATED"};
+        "OK",
+        "CANCELLED",
+        "UNKNOWN",
+        "INVALID_ARGUMENT",
+        "DEADLINE_EXCEEDED",
+        "NOT_FOUND",
+        "ALREADY_EXISTS",
+        "PERMISSION_DENIED",
+        "RESOURCE_EXHAUSTED",
+        "FAILED_PRECONDITION",
+        "ABORTED",
+        "OUT_OF_RANGE",
+        "UNIMPLEMENTED",
+        "INTERNAL",
+        "UNAVAILABLE",
+        "DATA_LOSS",
+        "UNAUTHENTICATED"};
     return names[static_cast<std::uint16_t>(status)];
 }
 
@@ -54,11 +65,14 @@ inline constexpr std::size_t message_bytes_max = 1024;
 
 // The base of all: a status, what happened, and where (an address, a method, an option).
 class Error : public std::runtime_error {
-public:
+  public:
     Error(Status status_, std::string what_, std::string where_ = "")
-        : std::runtime_error(std::string(name_of(status_)) + ": " + what_ +
-                             (where_.empty() ? "" : ", " + where_)),
-          status(status_), message(std::move(what_)), where(std::move(where_)) {}
+        : std::runtime_error(
+              std::string(name_of(status_)) + ": " + what_ + (where_.empty() ? "" : ", " + where_)
+          ),
+          status(status_),
+          message(std::move(what_)),
+          where(std::move(where_)) {}
 
     Status status;
     std::string message;  // Python's `what`, a name that std::exception has taken
@@ -67,13 +81,13 @@ public:
 
 // The local caller asked for what cannot be; nothing was sent, and the connection lives.
 class UsageError : public Error {
-public:
+  public:
     using Error::Error;
 };
 
 // The remote peer broke the rules of FRAME.md; the session is over.
 class ProtocolError : public Error {
-public:
+  public:
     explicit ProtocolError(const std::string& what_, std::string where_ = "")
         : Error(Status::INTERNAL, "protocol error: " + what_, std::move(where_)), broken(what_) {}
 
@@ -83,7 +97,7 @@ public:
 // A call ended with a status that is not OK: the peer's answer, a deadline, a cancel, or the
 // peer's death (UNAVAILABLE).
 class CallError : public Error {
-public:
+  public:
     using Error::Error;
 };
 
@@ -91,38 +105,46 @@ public:
 inline Status status_of_errno(int number) {
     switch (number) {
         case ENOENT:
-        case ENOTDIR: return Status::NOT_FOUND;
+        case ENOTDIR:
+            return Status::NOT_FOUND;
         case EEXIST:
-        case EADDRINUSE: return Status::ALREADY_EXISTS;
+        case EADDRINUSE:
+            return Status::ALREADY_EXISTS;
         case EACCES:
         case EPERM:
-        case ELOOP: return Status::PERMISSION_DENIED;  // ELOOP: O_NOFOLLOW met a symbolic link
+        case ELOOP:
+            return Status::PERMISSION_DENIED;  // ELOOP: O_NOFOLLOW met a symbolic link
         case EMFILE:
         case ENFILE:
         case ENOMEM:
         case ENOBUFS:
         case ENOSPC:
-        case EAGAIN: return Status::RESOURCE_EXHAUSTED;  // EAGAIN: no further thread or process
+        case EAGAIN:
+            return Status::RESOURCE_EXHAUSTED;  // EAGAIN: no further thread or process
         case EINVAL:
         case ENAMETOOLONG:
-        case EADDRNOTAVAIL: return Status::INVALID_ARGUMENT;
+        case EADDRNOTAVAIL:
+            return Status::INVALID_ARGUMENT;
         case ECONNREFUSED:
         case ECONNRESET:
         case EPIPE:
         case ENXIO:
         case EHOSTUNREACH:
         case ENETUNREACH:
-        case ETIMEDOUT: return Status::UNAVAILABLE;
-        default: return Status::INTERNAL;
+        case ETIMEDOUT:
+            return Status::UNAVAILABLE;
+        default:
+            return Status::INTERNAL;
     }
 }
 
 // A system call failed: which one, with which errno, on which object.
 class SystemError : public Error {
-public:
+  public:
     SystemError(std::string call_, int number, std::string where_ = "")
         : Error(status_of_errno(number), call_ + ": " + std::strerror(number), std::move(where_)),
-          call(std::move(call_)), error_number(number) {}
+          call(std::move(call_)),
+          error_number(number) {}
 
     std::string call;
     int error_number;  // Python's `errno`, a macro here

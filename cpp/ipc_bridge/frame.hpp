@@ -28,7 +28,9 @@ namespace ipc_bridge {
 
 using Bytes = std::span<const std::byte>;
 
-inline Bytes bytes_of(std::string_view text) { return std::as_bytes(std::span(text)); }
+inline Bytes bytes_of(std::string_view text) {
+    return std::as_bytes(std::span(text));
+}
 
 inline std::string_view text_of(Bytes bytes) {
     return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
@@ -46,8 +48,8 @@ enum class Kind : std::uint8_t {
 };
 
 inline std::string_view name_of(Kind kind) {
-    static constexpr std::string_view names[] = {"",    "HELLO",  "CALL",   "ITEM",
-                                                 "END", "CREDIT", "CANCEL", "GOODBYE"};
+    static constexpr std::string_view names[] = {
+        "", "HELLO", "CALL", "ITEM", "END", "CREDIT", "CANCEL", "GOODBYE"};
     return names[static_cast<std::uint8_t>(kind)];
 }
 
@@ -64,8 +66,10 @@ struct Header {
 };
 
 inline constexpr std::size_t header_bytes = 16;
-static_assert(sizeof(Header) == header_bytes && std::endian::native == std::endian::little,
-              "the struct is the wire format only on a little-endian machine");
+static_assert(
+    sizeof(Header) == header_bytes && std::endian::native == std::endian::little,
+    "the struct is the wire format only on a little-endian machine"
+);
 
 // The payload of HELLO.
 struct Hello {
@@ -144,10 +148,11 @@ inline void check(const Header& header, std::uint32_t size_max) {
 
 // Frames on their way out: small ones joined, large payloads by reference.
 //
-// A payload above join_bytes_max is not copied: it must not change before it is sent. Memory of what
-// was sent is used again once all is out, so a driver empties the box before it goes on filling it.
+// A payload above join_bytes_max is not copied: it must not change before it is sent. Memory of
+// what was sent is used again once all is out, so a driver empties the box before it goes on
+// filling it.
 class Outbox {
-public:
+  public:
     // Bytes not yet sent.
     std::size_t size() const { return size_; }
 
@@ -207,7 +212,7 @@ public:
     // Drop everything: there is nobody to send it to.
     void clear() { sent(size_); }
 
-private:
+  private:
     struct Part {
         const std::byte* outside;  // null: of small_
         std::size_t begin;
@@ -246,7 +251,7 @@ private:
 // Read into `space()`, say `filled(n)`, then take frames by `next()` until it says nothing. After
 // any ProtocolError the decoder is of no further use.
 class Decoder {
-public:
+  public:
     explicit Decoder(std::uint32_t size_max_ = payload_bytes_max) : size_max(size_max_) {
         renew(buffer_bytes);
     }
@@ -305,17 +310,19 @@ public:
     // The loop that a stream of small items spends its time in, so it takes the frame apart by
     // itself; at any frame that is not plainly the next item it stops, and `next` judges it.
     // It also stops once the items cost `bytes_max`.
-    void items(std::uint32_t call_id, std::uint32_t index, std::int64_t bytes_max,
-               std::vector<Bytes>& out) {
+    void items(
+        std::uint32_t call_id, std::uint32_t index, std::int64_t bytes_max, std::vector<Bytes>& out
+    ) {
         out.clear();
-        const std::size_t limit = start_ + static_cast<std::size_t>(std::max<std::int64_t>(0, bytes_max));
+        const std::size_t limit =
+            start_ + static_cast<std::size_t>(std::max<std::int64_t>(0, bytes_max));
         std::size_t start = start_;
         while (start + header_bytes <= end_ && start < limit) {
             Header header;
             std::memcpy(&header, buffer_.get() + start, header_bytes);
             const std::size_t stop = start + header_bytes + header.payload_size;
-            if (stop > end_ || header.kind != Kind::ITEM || header.flags != 0 ||
-                header.code != 0 || header.call_id != call_id || header.value != index ||
+            if (stop > end_ || header.kind != Kind::ITEM || header.flags != 0 || header.code != 0 ||
+                header.call_id != call_id || header.value != index ||
                 header.payload_size > size_max) {
                 break;
             }
@@ -341,7 +348,7 @@ public:
     // Nothing of an unfinished frame is here: a good place for the input to end.
     bool is_clean() const { return start_ == end_; }
 
-private:
+  private:
     // Make room for `need` bytes from `start_` on: at the front, or in a fresh buffer.
     void move(std::size_t need) {
         const std::size_t size = end_ - start_;

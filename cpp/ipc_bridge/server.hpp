@@ -3,7 +3,8 @@
 // A handler is called with its Call and the request, a view that lives until the handler is done:
 //
 //     Payload unary(Call& call, Bytes request)
-//     Producer streaming(Call& call, Bytes request)   // gives an item, a Pause, or nothing: the end
+//     Producer streaming(Call& call, Bytes request)   // gives an item, a Pause, or nothing: the
+//     end
 //
 // and may block. Throw Error to end the call with a status; anything else ends it with INTERNAL.
 // (Python returns an iterator where C++ returns a function: C++20 has no generators.)
@@ -62,7 +63,7 @@ struct Pause {
 // Bytes that a handler gives back: its own, or a view of what lives until the next item is asked
 // for, or (of a reply) as long as the request. (Python's buffers know their owner.)
 class Payload {
-public:
+  public:
     Payload() = default;
     Payload(Bytes view) : data_(view) {}
     Payload(std::vector<std::byte> bytes) : data_(std::move(bytes)) {}
@@ -78,7 +79,7 @@ public:
         return bytes_of(std::get<std::string>(data_));
     }
 
-private:
+  private:
     std::variant<Bytes, std::vector<std::byte>, std::string> data_;
 };
 
@@ -90,7 +91,7 @@ using StreamHandler = std::function<Producer(Call&, Bytes)>;
 
 // Methods by number, each with its handler.
 class Service {
-public:
+  public:
     // Register a method that answers once.
     void unary(std::uint16_t method, UnaryHandler handler) { unary_[method] = std::move(handler); }
 
@@ -117,7 +118,7 @@ public:
         return found->second;
     }
 
-private:
+  private:
     std::map<std::uint16_t, UnaryHandler> unary_;
     std::map<std::uint16_t, StreamHandler> streaming_;
 };
@@ -126,8 +127,9 @@ class Connection;
 
 // What a handler knows of the call it answers.
 class Call {
-public:
-    Call(Connection& connection, std::int64_t deadline) : deadline_ns(deadline), connection_(connection) {}
+  public:
+    Call(Connection& connection, std::int64_t deadline)
+        : deadline_ns(deadline), connection_(connection) {}
 
     const std::int64_t deadline_ns;
 
@@ -140,7 +142,7 @@ public:
     // The largest payload that the client takes.
     std::uint32_t peer_payload_bytes_max() const;
 
-private:
+  private:
     Connection& connection_;
 };
 
@@ -149,10 +151,17 @@ private:
 // `run` is the loop of a connection's thread: `step` does all that can be done without input,
 // `exchange` waits for what the session needs next and reads it.
 class Connection {
-public:
-    Connection(std::unique_ptr<Stream> stream_, const Service& service, std::uint32_t window_bytes,
-               std::uint32_t size_max, std::function<void(Connection&)> on_hello)
-        : stream(std::move(stream_)), session(window_bytes, size_max), service_(service),
+  public:
+    Connection(
+        std::unique_ptr<Stream> stream_,
+        const Service& service,
+        std::uint32_t window_bytes,
+        std::uint32_t size_max,
+        std::function<void(Connection&)> on_hello
+    )
+        : stream(std::move(stream_)),
+          session(window_bytes, size_max),
+          service_(service),
           on_hello_(std::move(on_hello)),
           hello_deadline_ns_(deadline_after(server_hello_timeout_s)) {}
 
@@ -249,7 +258,7 @@ public:
         return Status::OK;
     }
 
-private:
+  private:
     void exchange() {
         if (session.state == State::RUNNING) {
             if (session.outbox.size() == 0 && session.credit > 0 && due_ns_ == 0) {
@@ -260,6 +269,7 @@ private:
         } else if (session.outbox.size() != 0) {
             stream->wait(false, true, never);
         } else {
+            session.decoder.release();
             is_idle = true;
             if (!draining) {  // else whoever set it may have seen us busy and not woken us
                 const std::int64_t deadline_ns = met_ ? never : hello_deadline_ns_;
@@ -425,9 +435,12 @@ private:
 
     static std::string text_of(Status why) {
         switch (why) {
-            case Status::CANCELLED: return "cancelled by the client";
-            case Status::DEADLINE_EXCEEDED: return "the deadline has passed";
-            default: return "the server is shutting down";
+            case Status::CANCELLED:
+                return "cancelled by the client";
+            case Status::DEADLINE_EXCEEDED:
+                return "the deadline has passed";
+            default:
+                return "the server is shutting down";
         }
     }
 
@@ -448,7 +461,9 @@ inline bool Call::is_cancelled() {
     return connection_.reason() != Status::OK;
 }
 
-inline void Call::sleep(double seconds) { connection_.pump(deadline_after(seconds)); }
+inline void Call::sleep(double seconds) {
+    connection_.pump(deadline_after(seconds));
+}
 
 inline std::uint32_t Call::peer_payload_bytes_max() const {
     return connection_.session.peer_payload_bytes_max;
@@ -465,7 +480,7 @@ struct ServeOptions {
 
 // Listens on a transport and serves a service; `run` it.
 class Server {
-public:
+  public:
     // Listen; clients may come from now on. Throws Error as Transport::listen does.
     Server(Transport& transport, Service service, const ServeOptions& options = {})
         : shared_(std::make_shared<Shared>(std::move(service), options)) {
@@ -494,7 +509,7 @@ public:
     // Stop listening, and remove the address. Idempotent; `run` ends with it.
     void close() { listener_->close(); }
 
-private:
+  private:
     // What the threads of connections hold on to; they may outlive the server, if a handler does.
     struct Shared {
         Shared(Service service_, const ServeOptions& options_)
@@ -510,12 +525,16 @@ private:
         void on_hello(Connection& connection) {
             const std::lock_guard lock(mutex);
             if (clients.size() >= options.clients_max) {
-                throw Error(Status::RESOURCE_EXHAUSTED,
-                            "the server has " + std::to_string(options.clients_max) +
-                                " clients and takes no more");
+                throw Error(
+                    Status::RESOURCE_EXHAUSTED,
+                    "the server has " + std::to_string(options.clients_max) +
+                        " clients and takes no more"
+                );
             }
-            const auto found = std::find_if(strangers.begin(), strangers.end(),
-                                            [&](const auto& one) { return one.get() == &connection; });
+            const auto found =
+                std::find_if(strangers.begin(), strangers.end(), [&](const auto& one) {
+                    return one.get() == &connection;
+                });
             clients.splice(clients.end(), strangers, found);
         }
 
@@ -542,9 +561,12 @@ private:
     void welcome(std::unique_ptr<Stream> stream) {
         auto shared = shared_;
         auto connection = std::make_shared<Connection>(
-            std::move(stream), shared->service, shared->options.window_bytes,
+            std::move(stream),
+            shared->service,
+            shared->options.window_bytes,
             shared->options.payload_bytes_max,
-            [&all = *shared](Connection& one) { all.on_hello(one); });
+            [&all = *shared](Connection& one) { all.on_hello(one); }
+        );
         {
             const std::lock_guard lock(shared->mutex);
             if (shared->strangers.size() >= strangers_max) {
@@ -574,7 +596,8 @@ private:
         });
         const auto is_empty = [this] { return shared_->is_empty(); };
         if (shared_->changed.wait_for(
-                lock, std::chrono::duration<double>(shared_->options.grace_s), is_empty)) {
+                lock, std::chrono::duration<double>(shared_->options.grace_s), is_empty
+            )) {
             return;
         }
         shared_->each([](Connection& connection) {

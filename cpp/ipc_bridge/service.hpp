@@ -34,7 +34,7 @@ inline constexpr std::size_t stamp_bytes = 8;  // monotonic ns
 
 // The bytes of every item of one size (bridge.proto).
 class Pattern {
-public:
+  public:
     explicit Pattern(std::size_t size) : size_(size), bytes_(pattern_period + size) {
         for (std::size_t i = 0; i < bytes_.size(); ++i) {
             const std::size_t k = i % pattern_period;
@@ -48,11 +48,12 @@ public:
     // Is this item `index`, apart from its first `skip` bytes?
     bool verifies(std::uint64_t index, Bytes item, std::size_t skip = 0) const {
         return item.size() == size_ && skip <= size_ &&
-               std::memcmp(item.data() + skip, bytes_.data() + offset(index) + skip,
-                           size_ - skip) == 0;
+               std::memcmp(
+                   item.data() + skip, bytes_.data() + offset(index) + skip, size_ - skip
+               ) == 0;
     }
 
-private:
+  private:
     static std::size_t offset(std::uint64_t index) {
         return index % pattern_period * item_stride % pattern_period;
     }
@@ -74,22 +75,26 @@ inline StreamRequest parse(Bytes request) {
         throw Error(Status::INVALID_ARGUMENT, text.str());
     }
     if (asked.stamped() && asked.size() < stamp_bytes) {
-        throw Error(Status::INVALID_ARGUMENT,
-                    "a stamp takes " + std::to_string(stamp_bytes) + " bytes");
+        throw Error(
+            Status::INVALID_ARGUMENT, "a stamp takes " + std::to_string(stamp_bytes) + " bytes"
+        );
     }
     return asked;
 }
 
 inline Producer paced(std::shared_ptr<const Pattern> items, const StreamRequest& asked) {
-    return [items = std::move(items), asked, index = std::uint64_t{0}, began_ns = now_ns(),
+    return [items = std::move(items),
+            asked,
+            index = std::uint64_t{0},
+            began_ns = now_ns(),
             stamped = std::vector<std::byte>(asked.size())]() mutable -> std::optional<Item> {
         if (index == asked.count()) {
             return std::nullopt;
         }
         if (asked.rate_hz() > 0) {
             const auto due_ns =
-                began_ns + static_cast<std::int64_t>(static_cast<double>(index) * 1e9 /
-                                                     asked.rate_hz());
+                began_ns +
+                static_cast<std::int64_t>(static_cast<double>(index) * 1e9 / asked.rate_hz());
             if (now_ns() < due_ns) {
                 return Pause{due_ns};
             }
@@ -108,22 +113,26 @@ inline Producer paced(std::shared_ptr<const Pattern> items, const StreamRequest&
 }  // namespace service_detail
 
 // The same bytes.
-inline Payload echo(Call& /*call*/, Bytes request) { return request; }
+inline Payload echo(Call& /*call*/, Bytes request) {
+    return request;
+}
 
 // `count` items of the pattern, paced if asked for. Throws Error: INVALID_ARGUMENT.
 inline Producer stream(Call& call, Bytes request) {
     const StreamRequest asked = service_detail::parse(request);
     if (asked.size() > call.peer_payload_bytes_max()) {
-        throw Error(Status::RESOURCE_EXHAUSTED,
-                    "items of " + std::to_string(asked.size()) + " bytes, the client takes " +
-                        std::to_string(call.peer_payload_bytes_max()));
+        throw Error(
+            Status::RESOURCE_EXHAUSTED,
+            "items of " + std::to_string(asked.size()) + " bytes, the client takes " +
+                std::to_string(call.peer_payload_bytes_max())
+        );
     }
     auto items = std::make_shared<const Pattern>(asked.size());
     if (asked.rate_hz() > 0 || asked.stamped()) {
         return service_detail::paced(std::move(items), asked);
     }
-    return [items = std::move(items), count = asked.count(),
-            index = std::uint64_t{0}]() mutable -> std::optional<Item> {
+    return [items = std::move(items), count = asked.count(), index = std::uint64_t{0}](
+           ) mutable -> std::optional<Item> {
         if (index == count) {
             return std::nullopt;
         }
@@ -141,16 +150,18 @@ inline Service make_service() {
 
 // The service as its client sees it.
 class Bridge {
-public:
+  public:
     explicit Bridge(std::unique_ptr<Caller> caller) : caller_(std::move(caller)) {}
 
-    Bytes call(std::uint16_t method, Bytes payload = {},
-               std::optional<double> timeout = std::nullopt) {
+    Bytes call(
+        std::uint16_t method, Bytes payload = {}, std::optional<double> timeout = std::nullopt
+    ) {
         return caller_->call(method, payload, timeout);
     }
 
-    Items call_stream(std::uint16_t method, Bytes payload = {},
-                      std::optional<double> timeout = std::nullopt) {
+    Items call_stream(
+        std::uint16_t method, Bytes payload = {}, std::optional<double> timeout = std::nullopt
+    ) {
         return caller_->call_stream(method, payload, timeout);
     }
 
@@ -164,8 +175,13 @@ public:
     // `count` items of `size` bytes, each a view that lives until the next; see bridge.proto.
     //
     // Leaving the loop early cancels. Throws as Client::call_stream does.
-    Items stream(std::uint64_t count, std::uint32_t size, double rate_hz = 0.0,
-                 bool stamped = false, std::optional<double> timeout = std::nullopt) {
+    Items stream(
+        std::uint64_t count,
+        std::uint32_t size,
+        double rate_hz = 0.0,
+        bool stamped = false,
+        std::optional<double> timeout = std::nullopt
+    ) {
         StreamRequest asked;
         asked.set_count(count);
         asked.set_size(size);
@@ -177,7 +193,7 @@ public:
     // Close the connection. Idempotent.
     void close() { caller_->close(); }
 
-private:
+  private:
     std::unique_ptr<Caller> caller_;
 };
 

@@ -31,8 +31,8 @@ inline constexpr std::uint32_t window_bytes_limit = 1U << 30;
 enum class State : std::uint8_t { HELLO, IDLE, OPEN, RUNNING, DRAINING, CLOSED };
 
 inline std::string_view name_of(State state) {
-    static constexpr std::string_view names[] = {"HELLO",   "IDLE",     "OPEN",
-                                                 "RUNNING", "DRAINING", "CLOSED"};
+    static constexpr std::string_view names[] = {
+        "HELLO", "IDLE", "OPEN", "RUNNING", "DRAINING", "CLOSED"};
     return names[static_cast<std::uint8_t>(state)];
 }
 
@@ -72,7 +72,7 @@ inline bool is_utf8(std::string_view text) {
 
 // What both sides share: the hello, the farewell, and the walk through the table.
 class Session {
-public:
+  public:
     virtual ~Session() = default;
 
     State state = State::HELLO;
@@ -90,11 +90,15 @@ public:
     std::uint32_t remaining_ms = 0;  // CALL: to the deadline; 0: none
 
     std::optional<ProtocolError> broken;  // what the peer did, once it broke the rules
+    bool cancelled = false;               // a server's: `end` the call, nothing is decoded before
 
     // The next event; nothing: read more. Throws ProtocolError, and again whenever it is asked.
-    virtual std::optional<Kind> next_event() {
+    std::optional<Kind> next_event() {
         if (broken) {
             throw ProtocolError(*broken);
+        }
+        if (cancelled) {
+            return std::nullopt;
         }
         try {
             while (auto header = decoder.next()) {
@@ -117,7 +121,7 @@ public:
         }
     }
 
-protected:
+  protected:
     using Header = frame::Header;
 
     Session(std::uint32_t window, std::uint32_t size_max)
@@ -125,24 +129,29 @@ protected:
           window_bytes(window),
           size_max_(std::max(size_max, static_cast<std::uint32_t>(message_bytes_max))) {
         if (window < 1 || window > window_bytes_limit) {
-            throw UsageError(Status::INVALID_ARGUMENT,
-                             "window of " + std::to_string(window) + " bytes");
+            throw UsageError(
+                Status::INVALID_ARGUMENT, "window of " + std::to_string(window) + " bytes"
+            );
         }
         if (size_max > frame::payload_bytes_limit) {
-            throw UsageError(Status::INVALID_ARGUMENT,
-                             "max_payload of " + std::to_string(size_max) + " bytes");
+            throw UsageError(
+                Status::INVALID_ARGUMENT, "max_payload of " + std::to_string(size_max) + " bytes"
+            );
         }
         const frame::Hello hello{frame::magic, size_max};
-        outbox.put({sizeof(hello), Kind::HELLO, 0, frame::version, 0, window},
-                   std::as_bytes(std::span(&hello, 1)));
+        outbox.put(
+            {sizeof(hello), Kind::HELLO, 0, frame::version, 0, window},
+            std::as_bytes(std::span(&hello, 1))
+        );
     }
 
     // Look the frame up in the side's table, and do what it says.
     virtual std::optional<Kind> act(const Header& header) = 0;
 
     [[noreturn]] void refuse(const Header& header) const {
-        throw ProtocolError(std::string(name_of(header.kind)) + " while " +
-                            std::string(name_of(state)));
+        throw ProtocolError(
+            std::string(name_of(header.kind)) + " while " + std::string(name_of(state))
+        );
     }
 
     void put_end(std::uint32_t call_id, Status why, std::string_view text) {
@@ -153,9 +162,15 @@ protected:
         while (!is_utf8(text)) {  // never cut inside a character
             text.remove_suffix(1);
         }
-        outbox.put({static_cast<std::uint32_t>(text.size()), Kind::END, 0,
-                    static_cast<std::uint16_t>(why), call_id, 0},
-                   bytes_of(text));
+        outbox.put(
+            {static_cast<std::uint32_t>(text.size()),
+             Kind::END,
+             0,
+             static_cast<std::uint16_t>(why),
+             call_id,
+             0},
+            bytes_of(text)
+        );
     }
 
     std::optional<Kind> meet(const Header& header) {
@@ -165,8 +180,10 @@ protected:
             throw ProtocolError("HELLO without the magic IPCB");
         }
         if (header.code != frame::version) {
-            throw ProtocolError("version " + std::to_string(header.code) +
-                                ", this side speaks " + std::to_string(frame::version));
+            throw ProtocolError(
+                "version " + std::to_string(header.code) + ", this side speaks " +
+                std::to_string(frame::version)
+            );
         }
         if (header.value < 1 || header.value > window_bytes_limit) {
             throw ProtocolError("window of " + std::to_string(header.value) + " bytes");
@@ -185,7 +202,7 @@ protected:
         message = text_of(decoder.payload);
     }
 
-private:
+  private:
     std::uint32_t size_max_;  // of a payload, from the hello on
 };
 
@@ -195,9 +212,11 @@ using Table = std::array<std::array<std::optional<Kind> (Side::*)(const frame::H
 
 // The caller's side: `call`, then ITEM and END events of that call, or `cancel`.
 class ClientSession : public Session {
-public:
-    explicit ClientSession(std::uint32_t window = window_bytes_default,
-                           std::uint32_t size_max = frame::payload_bytes_max)
+  public:
+    explicit ClientSession(
+        std::uint32_t window = window_bytes_default,
+        std::uint32_t size_max = frame::payload_bytes_max
+    )
         : Session(window, size_max) {}
 
     // Start a call; `remaining` milliseconds to its deadline, 0 for none.
@@ -207,8 +226,9 @@ public:
     void call(std::uint16_t method_, Bytes request, bool streaming_, std::uint32_t remaining) {
         if (state != State::IDLE) {
             if (state == State::OPEN) {
-                throw UsageError(Status::FAILED_PRECONDITION,
-                                 "a call is under way on this connection");
+                throw UsageError(
+                    Status::FAILED_PRECONDITION, "a call is under way on this connection"
+                );
             }
             throw CallError(Status::UNAVAILABLE, "the connection is closed");
         }
@@ -216,20 +236,26 @@ public:
             throw CallError(Status::UNAVAILABLE, "the server is shutting down");
         }
         if (request.size() > peer_payload_bytes_max) {
-            throw UsageError(Status::RESOURCE_EXHAUSTED,
-                             "payload of " + std::to_string(request.size()) +
-                                 " bytes, the server takes " +
-                                 std::to_string(peer_payload_bytes_max));
+            throw UsageError(
+                Status::RESOURCE_EXHAUSTED,
+                "payload of " + std::to_string(request.size()) + " bytes, the server takes " +
+                    std::to_string(peer_payload_bytes_max)
+            );
         }
         call_id_ = next_id(call_id_);
         streaming_call_ = streaming_;
         index_ = 0;
         owed_ = granted_ = 0;
         allowed_ = window_bytes;
-        outbox.put({static_cast<std::uint32_t>(request.size()), Kind::CALL,
-                    streaming_ ? frame::stream_wanted : std::uint8_t{0}, method_, call_id_,
-                    remaining},
-                   request);
+        outbox.put(
+            {static_cast<std::uint32_t>(request.size()),
+             Kind::CALL,
+             streaming_ ? frame::stream_wanted : std::uint8_t{0},
+             method_,
+             call_id_,
+             remaining},
+            request
+        );
         state = State::OPEN;
     }
 
@@ -247,8 +273,7 @@ public:
         if (state != State::OPEN || answer_id_ != call_id_ || !streaming_call_) {
             return views_;
         }
-        const std::int64_t bytes_max =
-            std::min<std::int64_t>(allowed_, window_bytes / 2 + 1);
+        const std::int64_t bytes_max = std::min<std::int64_t>(allowed_, window_bytes / 2 + 1);
         decoder.items(call_id_, index_, bytes_max, views_);
         if (!views_.empty()) {
             std::int64_t cost = 0;
@@ -289,7 +314,7 @@ public:
         return was_open ? std::optional(Kind::END) : std::nullopt;
     }
 
-private:
+  private:
     std::optional<Kind> item(const Header& header) {
         if (header.call_id != answer_id_ || !is_awaited()) {
             throw ProtocolError("ITEM of call " + std::to_string(header.call_id));
@@ -301,8 +326,10 @@ private:
             throw ProtocolError("ITEM in answer to a unary call");
         }
         if (header.value != index_) {
-            throw ProtocolError("ITEM " + std::to_string(header.value) + " where " +
-                                std::to_string(index_) + " was due");
+            throw ProtocolError(
+                "ITEM " + std::to_string(header.value) + " where " + std::to_string(index_) +
+                " was due"
+            );
         }
         if (allowed_ <= 0) {
             throw ProtocolError("ITEM without credit");
@@ -343,8 +370,7 @@ private:
 
     std::optional<Kind> refused(const Header& header) {
         if (header.call_id != 0) {
-            throw ProtocolError("END of call " + std::to_string(header.call_id) +
-                                " before HELLO");
+            throw ProtocolError("END of call " + std::to_string(header.call_id) + " before HELLO");
         }
         status = static_cast<Status>(header.code);
         set_message();
@@ -371,12 +397,13 @@ private:
         using S = ClientSession;
         static constexpr Table<S> table = {{
             /* HELLO    */ {nullptr, &S::meet, nullptr, nullptr, &S::refused},
-            /* IDLE     */ {nullptr, nullptr, nullptr, &S::item, &S::end, nullptr, nullptr,
-                            &S::goodbye},
-            /* OPEN     */ {nullptr, nullptr, nullptr, &S::item, &S::end, nullptr, nullptr,
-                            &S::goodbye},
+            /* IDLE     */
+            {nullptr, nullptr, nullptr, &S::item, &S::end, nullptr, nullptr, &S::goodbye},
+            /* OPEN     */
+            {nullptr, nullptr, nullptr, &S::item, &S::end, nullptr, nullptr, &S::goodbye},
         }};
-        const auto action = table[static_cast<std::size_t>(state)][static_cast<std::size_t>(header.kind)];
+        const auto action =
+            table[static_cast<std::size_t>(state)][static_cast<std::size_t>(header.kind)];
         if (!action) {
             refuse(header);
         }
@@ -396,24 +423,14 @@ private:
 
 // The callee's side: a CALL event, then `item` while there is `credit`, and one `end`.
 class ServerSession : public Session {
-public:
-    explicit ServerSession(std::uint32_t window = window_bytes_default,
-                           std::uint32_t size_max = frame::payload_bytes_max)
+  public:
+    explicit ServerSession(
+        std::uint32_t window = window_bytes_default,
+        std::uint32_t size_max = frame::payload_bytes_max
+    )
         : Session(window, size_max) {}
 
     std::int64_t credit = 0;  // bytes; an item may be sent while it is above 0
-    bool cancelled = false;   // the running call was; `end` it, nothing is decoded before
-
-    // The next event; nothing: read more, or (after a CANCEL) `end` the call first.
-    std::optional<Kind> next_event() override {
-        if (cancelled) {
-            return std::nullopt;
-        }
-        if (state == State::IDLE && outbox.size() == 0) {
-            decoder.release();
-        }
-        return Session::next_event();
-    }
 
     // Send the next item of the running stream; only while `credit` is above 0.
     //
@@ -421,9 +438,10 @@ public:
     void item(Bytes item_payload) {
         check_size(item_payload.size());
         credit -= static_cast<std::int64_t>(frame::header_bytes + item_payload.size());
-        outbox.put({static_cast<std::uint32_t>(item_payload.size()), Kind::ITEM, 0, 0, call_id_,
-                    index_},
-                   item_payload);
+        outbox.put(
+            {static_cast<std::uint32_t>(item_payload.size()), Kind::ITEM, 0, 0, call_id_, index_},
+            item_payload
+        );
         ++index_;
     }
 
@@ -432,8 +450,7 @@ public:
     // Throws UsageError (RESOURCE_EXHAUSTED) if the client takes no payload of that size.
     void end(Bytes reply = {}) {
         check_size(reply.size());
-        outbox.put({static_cast<std::uint32_t>(reply.size()), Kind::END, 0, 0, call_id_, 0},
-                   reply);
+        outbox.put({static_cast<std::uint32_t>(reply.size()), Kind::END, 0, 0, call_id_, 0}, reply);
         ended();
     }
 
@@ -462,7 +479,7 @@ public:
         return was_running ? std::optional(Kind::CANCEL) : std::nullopt;
     }
 
-private:
+  private:
     void ended() {
         cancelled = false;
         state = State::IDLE;
@@ -474,17 +491,19 @@ private:
 
     void check_size(std::size_t size) const {
         if (size > peer_payload_bytes_max) {
-            throw UsageError(Status::RESOURCE_EXHAUSTED,
-                             "payload of " + std::to_string(size) +
-                                 " bytes, the client takes " +
-                                 std::to_string(peer_payload_bytes_max));
+            throw UsageError(
+                Status::RESOURCE_EXHAUSTED,
+                "payload of " + std::to_string(size) + " bytes, the client takes " +
+                    std::to_string(peer_payload_bytes_max)
+            );
         }
     }
 
     std::optional<Kind> call(const Header& header) {
         if (header.call_id != next_id(call_id_)) {
-            throw ProtocolError("CALL " + std::to_string(header.call_id) + " after " +
-                                std::to_string(call_id_));
+            throw ProtocolError(
+                "CALL " + std::to_string(header.call_id) + " after " + std::to_string(call_id_)
+            );
         }
         call_id_ = header.call_id;
         if (state == State::DRAINING) {
@@ -495,7 +514,7 @@ private:
         streaming = (header.flags & frame::stream_wanted) != 0;
         remaining_ms = header.value;
         payload = decoder.payload;
-        decoder.hold();
+        decoder.hold();  // the driver releases it when END is out
         credit = peer_window_bytes;
         index_ = 0;
         state = State::RUNNING;
@@ -523,8 +542,10 @@ private:
     // True for the running call, false for an earlier one; a later one breaks the rules.
     bool concerns_running(const Header& header) const {
         if (call_id_ - header.call_id >= 1U << 31) {
-            throw ProtocolError(std::string(name_of(header.kind)) + " of call " +
-                                std::to_string(header.call_id) + ", not yet made");
+            throw ProtocolError(
+                std::string(name_of(header.kind)) + " of call " + std::to_string(header.call_id) +
+                ", not yet made"
+            );
         }
         return state == State::RUNNING && header.call_id == call_id_;
     }
@@ -538,7 +559,8 @@ private:
             /* RUNNING  */ {nullptr, nullptr, nullptr, nullptr, nullptr, &S::credited, &S::cancel},
             /* DRAINING */ {nullptr, nullptr, &S::call, nullptr, nullptr, &S::credited, &S::cancel},
         }};
-        const auto action = table[static_cast<std::size_t>(state)][static_cast<std::size_t>(header.kind)];
+        const auto action =
+            table[static_cast<std::size_t>(state)][static_cast<std::size_t>(header.kind)];
         if (!action) {
             refuse(header);
         }

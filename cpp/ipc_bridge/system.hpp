@@ -33,14 +33,15 @@ namespace ipc_bridge {
 
 inline constexpr std::int64_t never = std::numeric_limits<std::int64_t>::max();
 inline constexpr double timeout_s_max = 1e9;         // 31 years; longer is for ever
-inline constexpr std::ptrdiff_t would_block = 0;  // of try_read and try_write: nothing now
+inline constexpr std::ptrdiff_t would_block = 0;     // of try_read and try_write: nothing now
 inline constexpr std::ptrdiff_t end_of_stream = -1;  // the peer has gone (Python's END)
 
 // About what a wake-up across cores costs, so a spin at most doubles it.
 inline constexpr std::int64_t adaptive_spin_ns = 50'000;
 inline constexpr int spins_fruitless_max = 8;  // then the peer is slow, and spinning only heats
-inline constexpr unsigned spin_retry_waits = 64;  // how often a peer may show that it is quick again
-inline constexpr int spin_clock_reads = 16;    // reads of the wire for each read of the clock
+inline constexpr unsigned spin_retry_waits =
+    64;                                      // how often a peer may show that it is quick again
+inline constexpr int spin_clock_reads = 16;  // reads of the wire for each read of the clock
 
 inline std::int64_t now_ns() {
     timespec now{};
@@ -80,7 +81,7 @@ enum class Wait {
 
 // Decides how long a stream's next read may spin.
 class Spinner {
-public:
+  public:
     explicit Spinner(Wait wait) : wait_(wait) {}
 
     // For how long to spin before blocking: 0, a while, or `never` (do not block).
@@ -100,7 +101,7 @@ public:
     // Tell whether the last spin found something.
     void spun(bool fruitful) { fruitless_ = fruitful ? 0 : fruitless_ + 1; }
 
-private:
+  private:
     Wait wait_;
     int fruitless_ = 0;
     unsigned waits_ = 0;
@@ -111,7 +112,7 @@ private:
 // One thread uses it at a time; only `interrupt` may be called from another, and not after its
 // destruction.
 class Stream {
-public:
+  public:
     explicit Stream(Wait wait) : spinner(wait) {}
     virtual ~Stream() = default;
     Stream(const Stream&) = delete;
@@ -161,7 +162,7 @@ public:
     // Give everything back; idempotent.
     virtual void close() = 0;
 
-protected:
+  protected:
     // Two system calls; a mechanism that can do it in one overrides this.
     virtual std::ptrdiff_t sleep_and_read(std::span<std::byte> buffer, std::int64_t deadline_ns) {
         while (wait(true, false, deadline_ns)) {
@@ -173,9 +174,10 @@ protected:
         return would_block;
     }
 
-private:
-    std::ptrdiff_t spin(std::span<std::byte> buffer, std::int64_t budget_ns,
-                        std::int64_t deadline_ns) {
+  private:
+    std::ptrdiff_t spin(
+        std::span<std::byte> buffer, std::int64_t budget_ns, std::int64_t deadline_ns
+    ) {
         const std::int64_t until =
             budget_ns == never ? deadline_ns : std::min(deadline_ns, now_ns() + budget_ns);
         while (true) {
@@ -196,7 +198,7 @@ private:
 
 // A server's end of a transport: where clients arrive.
 class Listener {
-public:
+  public:
     virtual ~Listener() = default;
 
     std::string url;  // what a client connects to, the port filled in
@@ -215,7 +217,7 @@ public:
 
 // A way to move bytes between two processes, at one address.
 class Transport {
-public:
+  public:
     virtual ~Transport() = default;
 
     std::string url;
@@ -254,7 +256,7 @@ Result checked(Result result, const char* call, const std::string& where) {
 
 // A descriptor, owned.
 class Fd {
-public:
+  public:
     Fd() = default;
     explicit Fd(int fd) : fd_(fd) {}
     Fd(Fd&& other) noexcept : fd_(std::exchange(other.fd_, -1)) {}
@@ -276,13 +278,13 @@ public:
         }
     }
 
-private:
+  private:
     int fd_ = -1;
 };
 
 // An eventfd(2) that stays readable once `set`: ends every sleep that polls it.
 class Wakeup {
-public:
+  public:
     Wakeup() : fd_(checked(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK), "eventfd", "wake-up")) {}
 
     // From any thread or signal handler.
@@ -293,7 +295,7 @@ public:
 
     int fileno() const { return fd_.get(); }
 
-private:
+  private:
     Fd fd_;
 };
 
@@ -321,13 +323,14 @@ inline bool sleep_until_ready(std::span<pollfd> fds, std::int64_t deadline_ns) {
 // The kernel drops the lock with the process, however it ends. The file is removed at the end,
 // under the lock; so whoever locks a file makes sure that it is still the one at the path.
 class Lock {
-public:
+  public:
     // Throws Error: ALREADY_EXISTS if it is held, PERMISSION_DENIED if it is not ours.
     explicit Lock(std::string path) : path_(std::move(path)) {
         constexpr int flags = O_RDWR | O_CREAT | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK;
         while (!fd_) {
-            take(Fd(checked(retrying([&] { return ::open(path_.c_str(), flags, 0600); }), "open",
-                            path_)));
+            take(Fd(
+                checked(retrying([&] { return ::open(path_.c_str(), flags, 0600); }), "open", path_)
+            ));
         }
     }
     Lock(Lock&&) = default;
@@ -341,7 +344,7 @@ public:
         }
     }
 
-private:
+  private:
     void take(Fd fd) {
         struct stat mine {};
         checked(::fstat(fd.get(), &mine), "fstat", path_);
@@ -392,11 +395,13 @@ inline bool make_private_directory(const std::string& path) {
 inline void check_peer(int fd, const std::string& where) {
     ucred peer{};
     socklen_t size = sizeof(peer);
-    checked(::getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &size), "getsockopt SO_PEERCRED",
-            where);
+    checked(
+        ::getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &size), "getsockopt SO_PEERCRED", where
+    );
     if (peer.uid != ::geteuid() && peer.uid != 0) {
-        throw Error(Status::PERMISSION_DENIED, "the peer runs as uid " + std::to_string(peer.uid),
-                    where);
+        throw Error(
+            Status::PERMISSION_DENIED, "the peer runs as uid " + std::to_string(peer.uid), where
+        );
     }
 }
 

@@ -1,11 +1,11 @@
 """IPC Bridge: one echo and stream service over every local transport, C++ and Python on either end.
 
-    from ipc_bridge import connect
+from ipc_bridge import connect
 
-    with connect("unix:///tmp/demo.sock") as bridge:
-        reply = bridge.echo(b"hello", timeout=1.0)
-        for item in bridge.stream(count=1000, size=4096):
-            ...
+with connect("unix:///tmp/demo.sock") as bridge:
+    reply = bridge.echo(b"hello", timeout=1.0)
+    for item in bridge.stream(count=1000, size=4096):
+        ...
 """
 
 import logging

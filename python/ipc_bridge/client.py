@@ -73,8 +73,7 @@ class Client:
         being sent.
         """
         self._start(method, payload, False, timeout)
-        while self._event() != Kind.END:
-            pass
+        self._event()  # END: an ITEM here breaks the rules
         return self._session.payload
 
     def call_stream(
@@ -97,18 +96,23 @@ class Client:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
     ) -> None:
         self.close()
 
     def _start(self, method: int, payload: Buffer, streaming: bool, timeout: float | None) -> None:
         """Send a CALL, whole: its payload is the caller's, who may change it afterwards."""
         session = self._session
-        deadline_ns = deadline_after(timeout)
-        left_ms = 0 if deadline_ns == NEVER else min(remaining_ms(deadline_ns), 0xFFFFFFFF)
-        if left_ms == 0 and deadline_ns != NEVER:
-            raise CallError(Status.DEADLINE_EXCEEDED, "the deadline has passed", self.url)
-        if not isinstance(payload, (bytes, bytearray)):
+        deadline_ns, left_ms = NEVER, 0
+        if timeout is not None:
+            deadline_ns = deadline_after(timeout)
+            left_ms = 0 if deadline_ns == NEVER else min(remaining_ms(deadline_ns), 0xFFFFFFFF)
+            if left_ms == 0 and deadline_ns != NEVER:
+                raise CallError(Status.DEADLINE_EXCEEDED, "the deadline has passed", self.url)
+        if type(payload) is not bytes:
             payload = memoryview(payload).cast("B")
             session.decoder.hold()  # it may be a view of the last reply
         try:
@@ -123,6 +127,7 @@ class Client:
         self._calling = True
         self._send()
         self._calling = False
+        session.decoder.release()
 
     def _send(self) -> None:
         """Write all that is due."""
@@ -134,23 +139,23 @@ class Client:
                 raise ProtocolError("an answer to a call that is still on its way")
             self._read_while_full()
             self._write()
-        session.decoder.release()
 
     def _event(self) -> Kind:
         """The next event of the open call; what is due is written first. Raises CallError for an
         END that is not OK, and at the deadline."""
-        session = self._session
+        session, stream, decoder = self._session, self._stream, self._session.decoder
         while True:
-            event = self._decode()
-            if event is not None:
-                return event
+            if not decoder.is_clean():
+                event = self._decode()
+                if event is not None:
+                    return event
             if session.outbox.size:
                 self._write()
-            if session.outbox.size:
-                self._read_while_full()
-                continue
-            count = self._stream.read(session.decoder.space(), self._deadline_ns)
-            if count == WOULD_BLOCK or self._is_late():
+                if session.outbox.size:
+                    self._read_while_full()
+                    continue
+            count = stream.read(decoder.space(), self._deadline_ns)
+            if count == WOULD_BLOCK or (self._deadline_ns != NEVER and self._is_late()):
                 self._expire()
             self._take(count)
 
@@ -161,7 +166,7 @@ class Client:
         self._take(self._stream.try_read(self._session.decoder.space()))
 
     def _is_late(self) -> bool:
-        return self._deadline_ns != NEVER and now_ns() >= self._deadline_ns
+        return now_ns() >= self._deadline_ns
 
     def _decode(self) -> Kind | None:
         """The next event that is here already. Raises as `_event`, and ProtocolError."""

@@ -64,7 +64,7 @@ class CallError(Error):
     the peer's death (UNAVAILABLE)."""
 
 
-class SystemError(Error):  # noqa: A001 (the field's term; always used as errors.SystemError)
+class SystemError(Error):
     """A system call failed: which one, with which errno, on which object."""
 
     def __init__(self, call: str, number: int, where: str = "") -> None:

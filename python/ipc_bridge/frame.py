@@ -97,15 +97,17 @@ def check(header: Header, payload_bytes_max: int) -> None:
         raise ProtocolError(f"{Kind(kind).name} with an unused field set")
     if call_id < call_id_min or call_id > call_id_max:
         raise ProtocolError(f"{Kind(kind).name} with call id {call_id}")
-    if kind == _HELLO and size != HELLO.size:
+    if kind == _END:
+        if code == 0 and call_id == 0:
+            raise ProtocolError("END of the session with status OK")
+        if code != 0 and size > MESSAGE_BYTES_MAX:
+            raise ProtocolError(f"status message of {size} bytes")
+    elif kind == _HELLO and size != HELLO.size:
         raise ProtocolError(f"HELLO of {size} bytes")
-    if kind == _END and code == 0 and call_id == 0:
-        raise ProtocolError("END of the session with status OK")
-    if kind == _END and code != 0 and size > MESSAGE_BYTES_MAX:
-        raise ProtocolError(f"status message of {size} bytes")
 
 
 _HELLO, _END, _ITEM = int(Kind.HELLO), int(Kind.END), int(Kind.ITEM)  # an enum's look-up is slow
+_UNPACK = HEADER.unpack_from
 
 
 class Outbox:
@@ -116,23 +118,24 @@ class Outbox:
 
     def __init__(self) -> None:
         self.size = 0  # bytes not yet sent
-        self._small: list[bytes] = []  # the newest small frames, not yet joined
         self._queue: list[Buffer] = []
+        self._small = 0  # how many small frames stand at its end, not yet joined
 
     def put(self, header: bytes, payload: Buffer = b"") -> None:
         """Append one frame."""
         count = len(payload)
+        self.size += HEADER_BYTES + count
+        self._small += 1
         if count <= JOIN_BYTES_MAX:
-            self._small.append(header + payload)
+            self._queue.append(header + payload)
         else:
-            self._small.append(header)
+            self._queue.append(header)
             self._join()
             self._queue.append(payload)
-        self.size += HEADER_BYTES + count
 
     def buffers(self) -> list[Buffer]:
         """What to write next, in order, for one vectored write."""
-        if self._small:
+        if self._small > 1:
             self._join()
         return self._queue if len(self._queue) <= IOVEC_MAX else self._queue[:IOVEC_MAX]
 
@@ -141,7 +144,7 @@ class Outbox:
         self.size -= count
         if self.size == 0:
             self._queue.clear()
-            self._small.clear()
+            self._small = 0
             return
         done = 0
         while done < len(self._queue) and count >= len(self._queue[done]):
@@ -153,8 +156,6 @@ class Outbox:
 
     def own(self) -> None:
         """Copy what is held by reference: its owner is about to go."""
-        if self._small:
-            self._join()
         self._queue = [bytes(part) for part in self._queue]
 
     def clear(self) -> None:
@@ -162,8 +163,8 @@ class Outbox:
         self.sent(self.size)
 
     def _join(self) -> None:
-        self._queue.append(self._small[0] if len(self._small) == 1 else b"".join(self._small))
-        self._small.clear()
+        self._queue[-self._small :] = [b"".join(self._queue[-self._small :])]
+        self._small = 0
 
 
 class Decoder:
@@ -194,6 +195,8 @@ class Decoder:
             self._start = self._end = self._floor
             if len(self._buffer) > BUFFER_BYTES:
                 self._shrink()
+            elif self._end == 0:
+                return self._view
         if self._start + need > len(self._buffer):
             self._move(need)
         # Of a large payload ask just for the rest: what follows then starts at the front again.
@@ -214,13 +217,14 @@ class Decoder:
         have = self._end - start
         if have < HEADER_BYTES:
             return None
-        header = HEADER.unpack_from(self._buffer, start)
-        if self._need == 0:
+        header = _UNPACK(self._buffer, start)
+        need = self._need
+        if need == 0:
             check(header, self.payload_bytes_max)
-            self._need = HEADER_BYTES + header[0]
-        if have < self._need:
+            need = self._need = HEADER_BYTES + header[0]
+        if have < need:
             return None
-        stop = start + self._need
+        stop = start + need
         self.payload = self._view[start + HEADER_BYTES : stop]
         self._start = stop
         self._need = 0

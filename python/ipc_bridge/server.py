@@ -154,20 +154,21 @@ class Connection:
         if self.draining:
             session.drain()
         while True:
-            self._flush()
-            if session.state == State.CLOSED:
-                return False
+            if session.outbox.size:
+                self._flush()
             if session.state == State.RUNNING:
                 session.next_event()  # takes in CREDIT, notes CANCEL
                 self._advance()
                 if session.state == State.RUNNING:
                     return True
                 continue
+            if session.state == State.CLOSED:
+                return False
             if session.outbox.size:
                 return not self.cut  # nothing more is decoded before END is out (FRAME.md)
             if session.state == State.DRAINING or self.cut:
                 return False
-            event = session.next_event()
+            event = None if session.decoder.is_clean() else session.next_event()
             if not self._met and session.state != State.HELLO:
                 self._met = True
                 self._on_hello(self)
@@ -196,8 +197,8 @@ class Connection:
             return Status.CANCELLED
         if self.cut:
             return Status.UNAVAILABLE
-        deadline_ns = self._call.deadline_ns if self._call else NEVER
-        if deadline_ns != NEVER and now_ns() >= deadline_ns:
+        call = self._call
+        if call is not None and call.deadline_ns != NEVER and now_ns() >= call.deadline_ns:
             return Status.DEADLINE_EXCEEDED
         return Status.OK
 
@@ -211,6 +212,7 @@ class Connection:
         elif session.outbox.size:
             self.stream.wait(False, True, NEVER)
         else:
+            session.decoder.release()
             self.is_idle = True
             if not self.draining:  # else whoever set it may have seen us busy and not woken us
                 deadline_ns = NEVER if self._met else self._hello_deadline_ns
@@ -316,8 +318,8 @@ class Connection:
         elif reason != Status.OK:
             self._fail(reason, REASONS[reason])
         else:
-            self._close_handler()
             self.session.end(reply)
+            self._close_handler()
 
     def _fail_by(self, error: Exception) -> None:
         if self.session.broken is not None:
@@ -337,6 +339,8 @@ class Connection:
 
     def _close_handler(self) -> None:
         items, self._items, self._call = self._items, None, None
+        if items is None:
+            return
         close = getattr(items, "close", None)
         if close is not None:
             try:
@@ -395,7 +399,10 @@ class Server:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
     ) -> None:
         self.close()
 

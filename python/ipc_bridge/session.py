@@ -10,7 +10,7 @@ An event is a Kind; what it carries stands in the attributes below it until the 
 
 from collections.abc import Callable
 from enum import IntEnum
-from typing import Any
+from typing import Any, ClassVar
 
 from ipc_bridge import frame
 from ipc_bridge.errors import MESSAGE_BYTES_MAX, CallError, ProtocolError, Status, UsageError
@@ -40,7 +40,7 @@ def next_id(call_id: int) -> int:
 class Session:
     """What both sides share: the hello, the farewell, and the walk through the table."""
 
-    table: dict[State, dict[int, Callable[[Any, Header], Kind | None]]]
+    table: ClassVar[dict[State, dict[int, Callable[[Any, Header], Kind | None]]]]
 
     def __init__(self, window_bytes: int, payload_bytes_max: int) -> None:
         if not 1 <= window_bytes <= WINDOW_BYTES_MAX:
@@ -50,6 +50,7 @@ class Session:
         self.state = State.HELLO
         self.outbox = Outbox()
         self.broken: ProtocolError | None = None  # what the peer did, once it broke the rules
+        self.cancelled = False  # a server's: `end` the call, nothing is decoded before
         self.decoder = Decoder(MESSAGE_BYTES_MAX)  # for strangers; see _meet
         self.window_bytes = window_bytes
         self.peer_window_bytes = 0
@@ -70,11 +71,10 @@ class Session:
         """The next event; None: read more. Raises ProtocolError, and again whenever it is asked."""
         if self.broken is not None:
             raise self.broken
+        if self.cancelled:
+            return None
         try:
-            while True:
-                header = self.decoder.next()
-                if header is None:
-                    return None
+            while (header := self.decoder.next()) is not None:
                 action = self.table[self.state].get(header[1])
                 if action is None:
                     name = Kind(header[1]).name
@@ -82,6 +82,7 @@ class Session:
                 event = action(self, header)
                 if event is not None:
                     return event
+            return None
         except ProtocolError as error:
             self.broken = error
             raise
@@ -157,8 +158,9 @@ class ClientSession(Session):
             raise UsageError(Status.RESOURCE_EXHAUSTED, what)
         self._call_id = next_id(self._call_id)
         self._streaming = streaming
-        self._index = self._owed = self._granted = 0
-        self._allowed = self.window_bytes
+        if streaming:
+            self._index = self._owed = self._granted = 0
+            self._allowed = self.window_bytes
         self.outbox.put(
             HEADER.pack(size, Kind.CALL, streaming, method, self._call_id, remaining_ms), payload
         )
@@ -229,9 +231,9 @@ class ClientSession(Session):
     def _end(self, header: Header) -> Kind | None:
         if header[4] == 0:
             return self._refused(header)
-        if header[4] != self._answer_id or not self._is_awaited():
+        live = self.state == State.OPEN and self._answer_id == self._call_id
+        if header[4] != self._answer_id or not (live or self._is_awaited()):
             raise ProtocolError(f"END of call {header[4]}")
-        live = self._is_live()
         self._answer_id = next_id(self._answer_id)
         if not live:
             return None
@@ -267,7 +269,7 @@ class ClientSession(Session):
     def _is_live(self) -> bool:
         return self.state == State.OPEN and self._answer_id == self._call_id
 
-    table = {
+    table: ClassVar = {
         State.HELLO: {Kind.HELLO: Session._meet, Kind.END: _refused},
         State.IDLE: {Kind.ITEM: _item, Kind.END: _end, Kind.GOODBYE: _goodbye},
         State.OPEN: {Kind.ITEM: _item, Kind.END: _end, Kind.GOODBYE: _goodbye},
@@ -285,18 +287,9 @@ class ServerSession(Session):
     ) -> None:
         super().__init__(window_bytes, payload_bytes_max)
         self.credit = 0  # bytes; an item may be sent while it is above 0
-        self.cancelled = False  # the running call was; `end` it, nothing is decoded before
         self._call_id = 0  # of the latest call
         self._index = 0  # of the next item
         self._leaving = False  # GOODBYE after the running call
-
-    def next_event(self) -> Kind | None:
-        """The next event; None: read more, or (after a CANCEL) `end` the call first."""
-        if self.cancelled:
-            return None
-        if self.state == State.IDLE and self.outbox.size == 0:
-            self.decoder.release()
-        return super().next_event()
 
     def item(self, payload: Buffer) -> None:
         """Send the next item of the running stream; only while `credit` is above 0.
@@ -363,7 +356,7 @@ class ServerSession(Session):
         self.streaming = bool(header[2] & frame.STREAM_WANTED)
         self.remaining_ms = header[5]
         self.payload = self.decoder.payload
-        self.decoder.hold()
+        self.decoder.hold()  # the driver releases it when END is out
         self.credit = self.peer_window_bytes
         self._index = 0
         self.state = State.RUNNING
@@ -388,7 +381,7 @@ class ServerSession(Session):
             raise ProtocolError(f"{Kind(header[1]).name} of call {header[4]}, not yet made")
         return self.state == State.RUNNING and header[4] == self._call_id
 
-    table = {
+    table: ClassVar = {
         State.HELLO: {Kind.HELLO: Session._meet},
         State.IDLE: {Kind.CALL: _call, Kind.CREDIT: _credit, Kind.CANCEL: _cancel},
         State.RUNNING: {Kind.CREDIT: _credit, Kind.CANCEL: _cancel},

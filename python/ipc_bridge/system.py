@@ -20,7 +20,6 @@ from enum import StrEnum
 
 from ipc_bridge.errors import Error, Status, SystemError
 
-
 Buffer = bytes | bytearray | memoryview
 
 NEVER = (1 << 63) - 1
@@ -63,13 +62,14 @@ class Spinner:
 
     def __init__(self, wait: Wait) -> None:
         self.wait = wait
+        self.blocks = wait == Wait.BLOCK
         self.crowded = False  # other spinners share the GIL: then none spins
         self._fruitless = 0
         self._waits = 0
 
     def budget_ns(self) -> int:
         """For how long to spin before blocking: 0, a while, or NEVER (do not block)."""
-        if self.wait == Wait.BLOCK or self.crowded:
+        if self.blocks or self.crowded:
             return 0
         if self.wait == Wait.SPIN:
             return NEVER

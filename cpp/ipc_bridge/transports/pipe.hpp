@@ -59,7 +59,8 @@ inline constexpr std::int64_t connect_retry_ns[] = {1'000'000, 50'000'000};
 inline constexpr std::int64_t child_exit_ns = 2'000'000'000;
 
 inline bool is_name(std::string_view text) {
-    return text.size() == 16 && text.find_first_not_of("0123456789abcdef") == std::string_view::npos;
+    return text.size() == 16 &&
+           text.find_first_not_of("0123456789abcdef") == std::string_view::npos;
 }
 
 inline bool is_pair(std::string_view text) {
@@ -83,7 +84,8 @@ inline void set_blocking(int fd, bool blocking) {
 
 // Open a FIFO of ours. Throws Error: NOT_FOUND, UNAVAILABLE (no reader), PERMISSION_DENIED.
 inline Fd open_fifo(const std::string& path, int flags) {
-    Fd fd(checked(retrying([&] { return ::open(path.c_str(), flags | open_flags); }), "open", path));
+    Fd fd(checked(retrying([&] { return ::open(path.c_str(), flags | open_flags); }), "open", path)
+    );
     struct stat info {};
     checked(::fstat(fd.get(), &info), "fstat", path);
     if (!S_ISFIFO(info.st_mode) || info.st_uid != ::geteuid()) {
@@ -111,21 +113,22 @@ inline void sweep(const std::string& path) {
         if (S_ISFIFO(info.st_mode) && info.st_uid == ::geteuid()) {
             ::unlink(there.c_str());
         } else if (name == "listen") {
-            throw Error(Status::ALREADY_EXISTS, "something that is not our FIFO is in the way",
-                        there);
+            throw Error(
+                Status::ALREADY_EXISTS, "something that is not our FIFO is in the way", there
+            );
         }
     }
 }
 
 // Unlinks its path at the end.
 class Unlinker {
-public:
+  public:
     explicit Unlinker(std::string path) : path_(std::move(path)) {}
     Unlinker(const Unlinker&) = delete;
     Unlinker& operator=(const Unlinker&) = delete;
     ~Unlinker() { ::unlink(path_.c_str()); }
 
-private:
+  private:
     std::string path_;
 };
 
@@ -136,10 +139,13 @@ private:
 // An endpoint that nobody interrupts and that always blocks reads in blocking mode instead: then it
 // sleeps and reads in one system call.
 class PipeStream : public Stream {
-public:
+  public:
     PipeStream(Fd read_fd, Fd write_fd, Wait wait, std::function<void()> on_close, bool server)
-        : Stream(wait), read_fd_(std::move(read_fd)), write_fd_(std::move(write_fd)),
-          on_close_(std::move(on_close)), blocking_(wait == Wait::BLOCK && !server) {
+        : Stream(wait),
+          read_fd_(std::move(read_fd)),
+          write_fd_(std::move(write_fd)),
+          on_close_(std::move(on_close)),
+          blocking_(wait == Wait::BLOCK && !server) {
         pipe_detail::ignore_sigpipe();
         pipe_detail::set_blocking(read_fd_.get(), blocking_);
         pipe_detail::set_blocking(write_fd_.get(), false);
@@ -169,8 +175,11 @@ public:
         // An iovec is a pointer and a size, as a span is, but for the const.
         static_assert(sizeof(std::span<const std::byte>) == sizeof(iovec));
         const ssize_t count = retrying([&] {
-            return ::writev(write_fd_.get(), reinterpret_cast<const iovec*>(buffers.data()),
-                            static_cast<int>(buffers.size()));
+            return ::writev(
+                write_fd_.get(),
+                reinterpret_cast<const iovec*>(buffers.data()),
+                static_cast<int>(buffers.size())
+            );
         });
         if (count >= 0) {
             return count;
@@ -214,7 +223,7 @@ public:
         }
     }
 
-protected:
+  protected:
     std::ptrdiff_t sleep_and_read(std::span<std::byte> buffer, std::int64_t deadline_ns) override {
         if (blocking_ && deadline_ns == never) {
             return read_some(buffer);
@@ -222,7 +231,7 @@ protected:
         return Stream::sleep_and_read(buffer, deadline_ns);
     }
 
-private:
+  private:
     std::ptrdiff_t read_some(std::span<std::byte> buffer) {
         const ssize_t count =
             retrying([&] { return ::read(read_fd_.get(), buffer.data(), buffer.size()); });
@@ -248,7 +257,7 @@ private:
 
 // The FIFO `listen`, under the lock.
 class PipeListener : public Listener {
-public:
+  public:
     PipeListener(std::string path, std::string url_, Wait wait, Lock lock, bool made)
         : path_(std::move(path)), wait_(wait), lock_(std::move(lock)), made_(made) {
         url = std::move(url_);
@@ -298,11 +307,10 @@ public:
         }
     }
 
-private:
+  private:
     void read_names() {
         char buffer[4096];
-        const ssize_t count =
-            retrying([&] { return ::read(fd_.get(), buffer, sizeof(buffer)); });
+        const ssize_t count = retrying([&] { return ::read(fd_.get(), buffer, sizeof(buffer)); });
         for (ssize_t i = 0; i < count; ++i) {
             if (buffer[i] == '\n') {
                 if (pipe_detail::is_name(line_)) {
@@ -325,7 +333,8 @@ private:
             ::unlink(c2s.c_str());
             ::unlink(s2c.c_str());
             return std::make_unique<PipeStream>(
-                std::move(read_fd), std::move(write_fd), wait_, [] {}, true);
+                std::move(read_fd), std::move(write_fd), wait_, [] {}, true
+            );
         } catch (const SystemError& error) {
             if (is_exhausted(error.error_number)) {  // keep the client waiting, and do not spin
                 names_.push_front(name);
@@ -355,7 +364,7 @@ private:
 // `pipe:///dir`: a directory of the server's own, mode 0700; in it `lock`, `listen`, and for a
 // moment the pair of a client that is arriving.
 class Pipe : public Transport {
-public:
+  public:
     explicit Pipe(std::string path, Wait wait = Wait::ADAPTIVE)
         : path_(std::move(path)), wait_(wait) {
         url = "pipe://" + path_;
@@ -390,7 +399,7 @@ public:
         }
     }
 
-private:
+  private:
     // Knock once; null if no server answers (yet).
     std::unique_ptr<Stream> attempt(std::int64_t deadline_ns) const {
         Fd listen_fd;
@@ -419,7 +428,8 @@ private:
         if (knock(listen_fd.get(), name) &&
             await_answer(read_fd.get(), listen_fd.get(), deadline_ns)) {
             return std::make_unique<PipeStream>(
-                std::move(read_fd), std::move(write_fd), wait_, [] {}, false);
+                std::move(read_fd), std::move(write_fd), wait_, [] {}, false
+            );
         }
         return nullptr;
     }
@@ -451,11 +461,12 @@ private:
 
 // The parent is the only client; when it has gone, no other can come.
 class StdioListener : public Listener {
-public:
+  public:
     StdioListener(std::string url_, Fd read_fd, Fd write_fd, Wait wait)
         : gone_(std::make_shared<Wakeup>()),
           stream_(std::make_unique<PipeStream>(
-              std::move(read_fd), std::move(write_fd), wait, [gone = gone_] { gone->set(); }, true)) {
+              std::move(read_fd), std::move(write_fd), wait, [gone = gone_] { gone->set(); }, true
+          )) {
         url = std::move(url_);
     }
 
@@ -474,7 +485,7 @@ public:
 
     void close() override { stopped_ = true; }
 
-private:
+  private:
     std::shared_ptr<Wakeup> gone_;
     Wakeup wakeup_;
     std::atomic<bool> stopped_ = false;
@@ -485,7 +496,7 @@ private:
 //
 // There is one client, and it is there from the start; the child's HELLO says that it is ready.
 class Stdio : public Transport {
-public:
+  public:
     explicit Stdio(std::vector<std::string> words, Wait wait = Wait::ADAPTIVE)
         : words_(std::move(words)), wait_(wait) {
         url = "stdio:";
@@ -504,8 +515,8 @@ public:
         make_pipe(from_child);
         const pid_t child = spawn(to_child[0].get(), from_child[1].get());
         return std::make_unique<PipeStream>(
-            std::move(from_child[0]), std::move(to_child[1]), wait_, [child] { reap(child); },
-            false);
+            std::move(from_child[0]), std::move(to_child[1]), wait_, [child] { reap(child); }, false
+        );
     }
 
     // Take fds 0 and 1 for the wire, and put /dev/null and stderr in their places: whatever prints
@@ -515,10 +526,12 @@ public:
             struct stat info {};
             checked(::fstat(fd, &info), "fstat", url);
             if (!S_ISFIFO(info.st_mode)) {
-                throw Error(Status::FAILED_PRECONDITION,
-                            "fd " + std::to_string(fd) +
-                                " is not a pipe; a client starts this program: stdio:COMMAND",
-                            url);
+                throw Error(
+                    Status::FAILED_PRECONDITION,
+                    "fd " + std::to_string(fd) +
+                        " is not a pipe; a client starts this program: stdio:COMMAND",
+                    url
+                );
             }
         }
         std::fflush(stdout);
@@ -530,7 +543,7 @@ public:
         return std::make_unique<StdioListener>(url, std::move(read_fd), std::move(write_fd), wait_);
     }
 
-private:
+  private:
     static void make_pipe(Fd (&ends)[2]) {
         int fds[2];
         checked(::pipe2(fds, O_CLOEXEC), "pipe2", "stdio");
@@ -557,8 +570,8 @@ private:
         ::posix_spawnattr_setsigdefault(&attributes, &signals);
         ::posix_spawnattr_setflags(&attributes, POSIX_SPAWN_SETSIGDEF | POSIX_SPAWN_SETSIGMASK);
         pid_t child = 0;
-        const int number = ::posix_spawnp(&child, arguments[0], &files, &attributes,
-                                          arguments.data(), environ);
+        const int number =
+            ::posix_spawnp(&child, arguments[0], &files, &attributes, arguments.data(), environ);
         ::posix_spawnattr_destroy(&attributes);
         ::posix_spawn_file_actions_destroy(&files);
         if (number != 0) {

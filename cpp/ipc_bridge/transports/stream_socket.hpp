@@ -65,7 +65,7 @@ inline std::ptrdiff_t end_of(int number) {
 // A connected socket, in blocking mode: MSG_DONTWAIT says where not to wait, so that a reader with
 // nothing else to do sleeps and reads in one system call.
 class SocketStream : public Stream {
-public:
+  public:
     SocketStream(Fd fd, Wait wait) : Stream(wait), fd_(std::move(fd)) {
         const int flags = ::fcntl(fd_.get(), F_GETFL);
         ::fcntl(fd_.get(), F_SETFL, flags & ~O_NONBLOCK);
@@ -79,14 +79,15 @@ public:
         constexpr int flags = MSG_DONTWAIT | MSG_NOSIGNAL;
         ssize_t count = 0;
         if (buffers.size() == 1) {
-            count = retrying(
-                [&] { return ::send(fd_.get(), buffers[0].data(), buffers[0].size(), flags); });
+            count = retrying([&] {
+                return ::send(fd_.get(), buffers[0].data(), buffers[0].size(), flags);
+            });
         } else {
             // An iovec is a pointer and a size, as a span is, but for the const.
             static_assert(sizeof(std::span<const std::byte>) == sizeof(iovec));
             msghdr message{};
-            message.msg_iov = reinterpret_cast<iovec*>(
-                const_cast<std::span<const std::byte>*>(buffers.data()));
+            message.msg_iov =
+                reinterpret_cast<iovec*>(const_cast<std::span<const std::byte>*>(buffers.data()));
             message.msg_iovlen = buffers.size();
             count = retrying([&] { return ::sendmsg(fd_.get(), &message, flags); });
         }
@@ -105,7 +106,7 @@ public:
 
     void close() override { fd_.close(); }
 
-protected:
+  protected:
     std::ptrdiff_t sleep_and_read(std::span<std::byte> buffer, std::int64_t deadline_ns) override {
         if (deadline_ns != never) {
             return Stream::sleep_and_read(buffer, deadline_ns);
@@ -113,7 +114,7 @@ protected:
         return receive(buffer, 0);
     }
 
-private:
+  private:
     std::ptrdiff_t receive(std::span<std::byte> buffer, int flags) {
         const ssize_t count =
             retrying([&] { return ::recv(fd_.get(), buffer.data(), buffer.size(), flags); });
@@ -128,9 +129,14 @@ private:
 
 // A listening socket; `admit` says whether a client may stay, by throwing Error.
 class SocketListener : public Listener {
-public:
-    SocketListener(Fd fd, std::string url_, Wait wait, std::function<void(int)> admit,
-                   std::function<void()> cleanup)
+  public:
+    SocketListener(
+        Fd fd,
+        std::string url_,
+        Wait wait,
+        std::function<void(int)> admit,
+        std::function<void()> cleanup
+    )
         : fd_(std::move(fd)), wait_(wait), admit_(std::move(admit)), cleanup_(std::move(cleanup)) {
         url = std::move(url_);
     }
@@ -170,7 +176,7 @@ public:
         }
     }
 
-private:
+  private:
     Fd fd_;
     Wait wait_;
     std::function<void(int)> admit_;
@@ -182,8 +188,12 @@ private:
 // Attempt until it works, or the deadline; `later` are the errors that a server's start may mend.
 // (connect(2) has nothing to wait on for a server that is not there yet.) An attempt returns a
 // descriptor, or none with errno.
-inline Fd persist(const std::function<Fd()>& attempt, std::initializer_list<int> later,
-                  const std::string& url, std::int64_t deadline_ns) {
+inline Fd persist(
+    const std::function<Fd()>& attempt,
+    std::initializer_list<int> later,
+    const std::string& url,
+    std::int64_t deadline_ns
+) {
     std::int64_t pause_ns = connect_retry_ns[0];
     while (true) {
         if (Fd fd = attempt()) {
@@ -222,15 +232,17 @@ inline void prepare(int fd) {
 
 // `unix:///path`: a socket file, mode 0600, and `path.lock` while a server lives.
 class Unix : public Transport {
-public:
+  public:
     // Throws Error: INVALID_ARGUMENT for a path that is empty or too long.
     explicit Unix(std::string path, Wait wait = Wait::ADAPTIVE)
         : path_(std::move(path)), wait_(wait) {
         if (path_.empty() || path_.size() > stream_socket::path_bytes_max) {
-            throw Error(Status::INVALID_ARGUMENT,
-                        "a socket's path takes 1 to " +
-                            std::to_string(stream_socket::path_bytes_max) + " bytes",
-                        path_);
+            throw Error(
+                Status::INVALID_ARGUMENT,
+                "a socket's path takes 1 to " + std::to_string(stream_socket::path_bytes_max) +
+                    " bytes",
+                path_
+            );
         }
         url = "unix://" + path_;
     }
@@ -251,8 +263,8 @@ public:
         };
         // EAGAIN: the backlog is full, connect(2).
         return std::make_unique<stream_socket::SocketStream>(
-            stream_socket::persist(attempt, {ENOENT, ECONNREFUSED, EAGAIN}, url, deadline_ns),
-            wait_);
+            stream_socket::persist(attempt, {ENOENT, ECONNREFUSED, EAGAIN}, url, deadline_ns), wait_
+        );
     }
 
     std::unique_ptr<Listener> listen() override {
@@ -261,8 +273,11 @@ public:
         reclaim();
         const sockaddr_un address = make_address();
         checked(::fchmod(fd.get(), 0600), "bind", path_);  // the file is born with this mode
-        checked(::bind(fd.get(), reinterpret_cast<const sockaddr*>(&address), sizeof(address)),
-                "bind", path_);
+        checked(
+            ::bind(fd.get(), reinterpret_cast<const sockaddr*>(&address), sizeof(address)),
+            "bind",
+            path_
+        );
         struct stat mine {};
         checked(::stat(path_.c_str(), &mine), "bind", path_);
         checked(::listen(fd.get(), stream_socket::backlog), "listen", path_);
@@ -274,11 +289,15 @@ public:
             lock->close();
         };
         return std::make_unique<stream_socket::SocketListener>(
-            std::move(fd), url, wait_, [where = url](int client) { check_peer(client, where); },
-            cleanup);
+            std::move(fd),
+            url,
+            wait_,
+            [where = url](int client) { check_peer(client, where); },
+            cleanup
+        );
     }
 
-private:
+  private:
     Fd make_socket(int flags) const {
         return Fd(checked(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | flags, 0), "socket", url));
     }
@@ -297,8 +316,9 @@ private:
             return;
         }
         if (!S_ISSOCK(info.st_mode) || info.st_uid != ::geteuid()) {
-            throw Error(Status::ALREADY_EXISTS, "something that is not our socket is in the way",
-                        path_);
+            throw Error(
+                Status::ALREADY_EXISTS, "something that is not our socket is in the way", path_
+            );
         }
         const Fd probe = make_socket(SOCK_NONBLOCK);
         const sockaddr_un address = make_address();
@@ -317,7 +337,7 @@ private:
 // `tcp://host:port`; port 0 lets the kernel choose. A server binds loopback unless `allow_remote`
 // is set: there is neither encryption nor a password on this wire.
 class Tcp : public Transport {
-public:
+  public:
     Tcp(std::string host, int port, Wait wait = Wait::ADAPTIVE, bool allow_remote = false)
         : host_(std::move(host)), port_(port), wait_(wait), allow_remote_(allow_remote) {
         url = stream_socket::tcp_url(host_, port_);
@@ -337,24 +357,28 @@ public:
             return fd;
         };
         return std::make_unique<stream_socket::SocketStream>(
-            stream_socket::persist(attempt,
-                                   {ECONNREFUSED, ECONNRESET, EADDRNOTAVAIL, EHOSTUNREACH}, url,
-                                   deadline_ns),
-            wait_);
+            stream_socket::persist(
+                attempt, {ECONNREFUSED, ECONNRESET, EADDRNOTAVAIL, EHOSTUNREACH}, url, deadline_ns
+            ),
+            wait_
+        );
     }
 
     std::unique_ptr<Listener> listen() override {
         const Address address = resolve();
         if (!allow_remote_ && !is_loopback(address)) {
-            throw Error(Status::PERMISSION_DENIED,
-                        "not a loopback address; ?allow_remote=1 serves other hosts, unencrypted",
-                        url);
+            throw Error(
+                Status::PERMISSION_DENIED,
+                "not a loopback address; ?allow_remote=1 serves other hosts, unencrypted",
+                url
+            );
         }
         Fd fd = make_socket(address, SOCK_NONBLOCK);
         // Else the connections of an earlier server block its port for a minute: socket(7).
         const int on = 1;
-        checked(::setsockopt(fd.get(), SOL_SOCKET, SO_REUSEADDR, &on, sizeof(on)), "setsockopt",
-                url);
+        checked(
+            ::setsockopt(fd.get(), SOL_SOCKET, SO_REUSEADDR, &on, sizeof(on)), "setsockopt", url
+        );
         checked(::bind(fd.get(), address.get(), address.size), "bind", url);
         checked(::listen(fd.get(), stream_socket::backlog), "bind", url);
         Address bound;
@@ -362,11 +386,11 @@ public:
         // Both families keep the port at the same place.
         const int port = ntohs(reinterpret_cast<const sockaddr_in*>(&bound.storage)->sin_port);
         return std::make_unique<stream_socket::SocketListener>(
-            std::move(fd), stream_socket::tcp_url(host_, port), wait_, stream_socket::prepare,
-            [] {});
+            std::move(fd), stream_socket::tcp_url(host_, port), wait_, stream_socket::prepare, [] {}
+        );
     }
 
-private:
+  private:
     struct Address {
         sockaddr_storage storage{};
         socklen_t size = sizeof(storage);
@@ -376,8 +400,8 @@ private:
 
     static Fd make_socket(const Address& address, int flags) {
         const int family = address.storage.ss_family;
-        return Fd(checked(::socket(family, SOCK_STREAM | SOCK_CLOEXEC | flags, 0), "socket",
-                          "tcp"));
+        return Fd(checked(::socket(family, SOCK_STREAM | SOCK_CLOEXEC | flags, 0), "socket", "tcp")
+        );
     }
 
     // 0 once connected, else an errno.

@@ -16,7 +16,6 @@ Run: python -m ipc_bridge.peer serve pipe:///tmp/demo.d
 """
 
 import contextlib
-import errno
 import fcntl
 import os
 import re
