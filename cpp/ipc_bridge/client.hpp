@@ -230,9 +230,13 @@ class Client : public Caller {
             throw CallError(error.status, error.message, url_);
         }
         deadline_ns_ = by_ns;
-        calling_ = true;
-        send();
-        calling_ = false;
+        try {
+            send();
+        } catch (...) {  // half of a request: nobody can complete it
+            close();
+            throw;
+        }
+        session_.decoder.release();
     }
 
     // Write all that is due.
@@ -240,13 +244,11 @@ class Client : public Caller {
         write();
         while (session_.outbox.size() != 0) {
             if (decode()) {
-                close();
                 throw ProtocolError("an answer to a call that is still on its way", url_);
             }
             read_while_full();
             write();
         }
-        session_.decoder.release();
     }
 
     // The next event of the open call; what is due is written first. Throws CallError for an END
@@ -264,19 +266,20 @@ class Client : public Caller {
                 continue;
             }
             const std::ptrdiff_t count = stream_->read(session_.decoder.space(), deadline_ns_);
+            take(count);  // what came at the deadline is not lost: the next call needs it
             if (count == would_block || is_late()) {
                 expire();
             }
-            take(count);
         }
     }
 
     // Whoever cannot write reads meanwhile: never wait for writable alone (FRAME.md).
     void read_while_full() {
-        if (!stream_->wait(true, true, deadline_ns_) || is_late()) {
+        stream_->wait(true, true, deadline_ns_);
+        take(stream_->try_read(session_.decoder.space()));
+        if (is_late()) {
             expire();
         }
-        take(stream_->try_read(session_.decoder.space()));
     }
 
     bool is_late() const { return deadline_ns_ != never && now_ns() >= deadline_ns_; }
@@ -319,12 +322,8 @@ class Client : public Caller {
         }
     }
 
-    // The deadline has come: give the call up, and the connection too if half of the request is
-    // out.
+    // The deadline has come: give the call up.
     [[noreturn]] void expire() {
-        if (calling_) {
-            close();
-        }
         cancel();
         throw CallError(Status::DEADLINE_EXCEEDED, "no answer before the deadline", url_);
     }
@@ -360,7 +359,6 @@ class Client : public Caller {
     ClientSession session_;
     std::unique_ptr<Stream> stream_;
     std::int64_t deadline_ns_ = never;  // of the open call
-    bool calling_ = false;              // its CALL is not out yet
 };
 
 }  // namespace ipc_bridge

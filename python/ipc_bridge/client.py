@@ -61,7 +61,6 @@ class Client:
         self._stream = stream
         self._session = session
         self._deadline_ns = NEVER  # of the open call
-        self._calling = False  # its CALL is not out yet
 
     def call(self, method: int, payload: Buffer = b"", timeout: float | None = None) -> memoryview:
         """Call a unary method and return its reply, a view that lives until the next call.
@@ -124,9 +123,11 @@ class Client:
             error.where = error.where or self.url
             raise
         self._deadline_ns = deadline_ns
-        self._calling = True
-        self._send()
-        self._calling = False
+        try:
+            self._send()
+        except BaseException:  # half of a request: nobody can complete it
+            self.close()
+            raise
         session.decoder.release()
 
     def _send(self) -> None:
@@ -135,7 +136,6 @@ class Client:
         self._write()
         while session.outbox.size:
             if self._decode() is not None:
-                self.close()
                 raise ProtocolError("an answer to a call that is still on its way")
             self._read_while_full()
             self._write()
@@ -155,15 +155,16 @@ class Client:
                     self._read_while_full()
                     continue
             count = stream.read(decoder.space(), self._deadline_ns)
+            self._take(count)  # what came at the deadline is not lost: the next call needs it
             if count == WOULD_BLOCK or (self._deadline_ns != NEVER and self._is_late()):
                 self._expire()
-            self._take(count)
 
     def _read_while_full(self) -> None:
         """Whoever cannot write reads meanwhile: never wait for writable alone (FRAME.md)."""
-        if not self._stream.wait(True, True, self._deadline_ns) or self._is_late():
-            self._expire()
+        self._stream.wait(True, True, self._deadline_ns)
         self._take(self._stream.try_read(self._session.decoder.space()))
+        if self._is_late():
+            self._expire()
 
     def _is_late(self) -> bool:
         return now_ns() >= self._deadline_ns
@@ -201,10 +202,7 @@ class Client:
             outbox.clear()  # why the server went may still stand in what it sent before
 
     def _expire(self) -> NoReturn:
-        """The deadline has come: give the call up, and the connection too if half of the request
-        is out."""
-        if self._calling:
-            self.close()
+        """The deadline has come: give the call up."""
         self._cancel()
         raise CallError(Status.DEADLINE_EXCEEDED, "no answer before the deadline", self.url)
 

@@ -221,7 +221,7 @@ class Result(NamedTuple):
     usage: Usage  # of the measured part
     memory_peak_bytes: int
 
-    def samples(self) -> array.array[int]:
+    def samples(self) -> "array.array[int]":
         """All latencies, in nanoseconds."""
         samples = array.array("Q")
         for worker in self._measured():
@@ -313,7 +313,7 @@ def sleep_until(at_ns: int) -> None:
         time.sleep(0)  # lets another thread have the GIL
 
 
-def percentiles(samples: array.array[int]) -> dict[str, int | None]:
+def percentiles(samples: "array.array[int]") -> dict[str, int | None]:
     """Nearest rank: each is a latency that occurred. None where there are too few samples."""
     ordered, count = sorted(samples), len(samples)
 

@@ -37,7 +37,7 @@ NUMBER_MAX = 1e9  # more than the digits of NUMBER can say
 UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 SIZE = re.compile(r"([0-9]{1,18})(|KiB|MiB|GiB)")
 COUNT = re.compile(r"[0-9]{1,18}")
-NUMBER = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
+NUMBER = re.compile(r"[0-9]{1,9}(\.[0-9]{0,9})?|\.[0-9]{1,9}")
 
 
 class CommandLineError(Error):
@@ -63,6 +63,7 @@ class Command(NamedTuple):
 
     name: str
     text: str
+    usage: str
     options: tuple[Option, ...]
     example: str
     run: Callable[["Arguments"], int]
@@ -153,13 +154,20 @@ class Parser(argparse.ArgumentParser):
         write_out(message.encode())
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Lines as they are written, and a sentence to each option on one line."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=28, width=100)
+
+
 def make_parser(command: Command) -> Parser:
     """The parser of one command, from its table."""
     parser = Parser(
-        prog=f"{PROGRAM} {command.name}",
+        usage=f"{PROGRAM} {command.name} {command.usage}",
         description=command.text,
         epilog=f"{url_help()}\nexample:\n  {PROGRAM} {command.example}\n",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
         add_help=False,
         allow_abbrev=False,
     )
@@ -422,6 +430,7 @@ COMMANDS = (
     Command(
         "serve",
         "Serve echo and stream at URL until told to stop (SIGTERM, Ctrl-C).",
+        "URL [OPTIONS]",
         SERVE,
         "serve unix:///tmp/demo.sock",
         run_serve,
@@ -429,6 +438,7 @@ COMMANDS = (
     Command(
         "echo",
         "Send a payload, compare what comes back, and print it.",
+        "URL --payload TEXT|@FILE|- [OPTIONS]",
         ECHO,
         "echo unix:///tmp/demo.sock --payload hello",
         run_echo,
@@ -436,6 +446,7 @@ COMMANDS = (
     Command(
         "stream",
         "Read a stream of items, and verify every byte.",
+        "URL --count N --size BYTES [OPTIONS]",
         STREAM,
         "stream unix:///tmp/demo.sock --count 1000000 --size 64",
         run_stream,
@@ -443,6 +454,7 @@ COMMANDS = (
     Command(
         "bench",
         "Measure latency and throughput, verifying every answer; prints JSON.",
+        "URL --op echo|stream --size BYTES --duration SECONDS [OPTIONS]",
         BENCH,
         "bench unix:///tmp/demo.sock --op echo --size 64 --duration 2 --warmup 0.5",
         run_bench,

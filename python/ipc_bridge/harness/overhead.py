@@ -1,0 +1,323 @@
+"""What a pair costs over the bare program: same mechanism, language, message, wait and cores.
+
+    python -m ipc_bridge.harness.overhead --transport unix --language cpp
+
+Both run in every round, with fresh processes, one right after the other and in an order that
+alternates: a machine drifts, and the ratio of neighbours drifts least. So the ratios are the
+result; the times belong to the machine as it was.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ipc_bridge.harness.programs import (
+    LANGUAGES,
+    Parser,
+    ProgramError,
+    bare,
+    main,
+    peer,
+    private_directory,
+    run,
+    served,
+    served_peer,
+)
+from ipc_bridge.peer import SIZE, UNITS
+
+MECHANISMS = ("unix", "tcp", "pipe")
+SETUPS = (("spin", "cross-core"), ("block", "same-core"), ("block", "cross-core"))
+STREAM_PAIRINGS = (("cpp", "cpp"), ("py", "cpp"))  # client, server
+DURATION_S = 0.4
+WARMUP_S = 0.1
+PINGS = {"cpp": 40_000, "py": 15_000}  # of a small message: near DURATION_S where they block
+PINGS_MIN = 200
+PING_BYTES = 1 << 29  # and of a large one: so many bytes in all
+SIZE_BYTES_MAX = 64 << 20  # what a peer takes by default
+ROUNDS_MAX = 1000
+
+
+class Cell(NamedTuple):
+    """One row of the result. `bare` is of the language of both peers; streams have none."""
+
+    transport: str
+    client: str
+    server: str
+    wait: str  # "": that of the peers' own choice
+    placement: str
+
+    def label(self) -> str:
+        """For a line of progress."""
+        return " ".join(word for word in self if word)
+
+
+class Measured(NamedTuple):
+    """The figures of one cell, a value for each round."""
+
+    cell: Cell
+    bare: list[float]  # p50 ns
+    pair: list[float]  # p50 ns, or items per second
+    failure: str = ""
+
+    def ratios(self) -> list[float]:
+        """Of each round."""
+        return [pair / bare for pair, bare in zip(self.pair, self.bare, strict=True)]
+
+
+# --- one launch ---
+
+
+def cores(cell: Cell) -> tuple[int, int]:
+    """Of client and server."""
+    allowed = sorted(os.sched_getaffinity(0))
+    if cell.placement == "same-core":
+        return allowed[0], allowed[0]
+    if len(allowed) < 2:
+        raise ProgramError("this machine allows one core only: cross-core is not possible")
+    return allowed[0], allowed[1]
+
+
+def bare_p50_ns(cell: Cell, size_bytes: int) -> float:
+    """The bare program. Raises ProgramError."""
+    client_core, server_core = cores(cell)
+    program = bare(cell.transport, cell.client)
+    pings = max(PINGS_MIN, min(PINGS[cell.client], PING_BYTES // max(1, size_bytes)))
+    message = [str(size_bytes), cell.wait]
+    with private_directory() as directory:
+        address = "0" if cell.transport == "tcp" else os.path.join(directory, "bare")
+        with served([*program, "serve", address, *message], server_core) as address:
+            out = run([*program, "ping", address, *message, str(pings)], client_core)
+    match = re.search(r"p50_ns=(\d+)", out)
+    if not match:
+        raise ProgramError(f"no p50_ns in: {out.strip()}")
+    return float(match[1])
+
+
+def bench(cell: Cell, op: str, size_bytes: int) -> dict[str, Any]:
+    """The pair. Raises ProgramError."""
+    client_core, server_core = cores(cell)
+    words = ["--op", op, "--size", str(size_bytes), "--duration", str(DURATION_S)]
+    words += ["--warmup", str(WARMUP_S), "--json"]
+    with private_directory() as directory:
+        path = os.path.join(directory, "pair")
+        with served_peer(cell.transport, cell.server, path, cell.wait, server_core) as url:
+            out = run([*peer(cell.client), "bench", url, *words], client_core)
+    figures: dict[str, Any] = json.loads(out)
+    if not figures["operations"]:
+        raise ProgramError(f"no {op} within {DURATION_S} s")
+    return figures
+
+
+# --- all of them ---
+
+
+def echo_round(measured: Measured, number: int, size_bytes: int) -> None:
+    """The bare program and the pair, in an order that alternates."""
+
+    def run_bare() -> None:
+        measured.bare.append(bare_p50_ns(measured.cell, size_bytes))
+
+    def run_pair() -> None:
+        measured.pair.append(bench(measured.cell, "echo", size_bytes)["latency_ns"]["p50"])
+
+    for step in (run_bare, run_pair) if number % 2 else (run_pair, run_bare):
+        step()
+
+
+def stream_round(measured: Measured, number: int, size_bytes: int) -> None:
+    """The pair alone; every byte is verified within the time."""
+    figures = bench(measured.cell, "stream", size_bytes)
+    measured.pair.append(figures["operations_per_second"])
+
+
+def measure(
+    cells: Sequence[Cell],
+    rounds: int,
+    size_bytes: int,
+    step: Callable[[Measured, int, int], None],
+) -> list[Measured]:
+    """Visit every cell in every round; one that fails is not visited again."""
+    found = [Measured(cell, [], []) for cell in cells]
+    for number in range(1, rounds + 1):
+        began = time.monotonic()
+        for at, measured in enumerate(found):
+            if measured.failure:
+                continue
+            try:
+                step(measured, number, size_bytes)
+            except ProgramError as error:
+                print(f"{measured.cell.label()} failed:\n{error}", file=sys.stderr, flush=True)
+                found[at] = measured._replace(failure=str(error))
+        took = time.monotonic() - began
+        print(f"round {number} of {rounds}: {took:.1f} s", file=sys.stderr, flush=True)
+    return found
+
+
+# --- what it says ---
+
+
+def report(measured: Measured) -> dict[str, Any]:
+    """One cell of the JSON."""
+    figures: dict[str, Any] = measured.cell._asdict()
+    if measured.failure:
+        return figures | {"error": measured.failure}
+    if not measured.bare:
+        figures["items_per_second"] = statistics.median(measured.pair)
+        return figures | {"items_per_second_rounds": measured.pair}
+    ratios = measured.ratios()
+    return figures | {
+        "bare_p50_ns": statistics.median(measured.bare),
+        "pair_p50_ns": statistics.median(measured.pair),
+        "ratio": statistics.median(ratios),
+        "ratio_min": min(ratios),
+        "ratio_max": max(ratios),
+        "bare_p50_ns_rounds": measured.bare,
+        "pair_p50_ns_rounds": measured.pair,
+    }
+
+
+def make_table(found: Sequence[Measured], title: str, is_stream: bool) -> Table:
+    """All cells; the ratio is the median of the rounds' ratios, with the least and the largest."""
+    figures = ("items/s", "min .. max") if is_stream else ("bare p50", "pair p50", "ratio", "range")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
+    for name in ("transport", "client", "server", "wait", "cores"):
+        table.add_column(name, no_wrap=True)
+    for name in figures:
+        table.add_column(name, justify="right", no_wrap=True)
+    for measured in found:
+        cell = measured.cell
+        words = [cell.transport, LANGUAGES[cell.client], LANGUAGES[cell.server]]
+        words += [cell.wait or "adaptive", cell.placement.removesuffix("-core")]
+        if measured.failure:
+            words.append("failed")
+        elif is_stream:
+            rates = measured.pair
+            words.append(f"{statistics.median(rates):,.0f}")
+            words.append(f"{min(rates):,.0f} .. {max(rates):,.0f}")
+        else:
+            ratios = measured.ratios()
+            words += [f"{statistics.median(ns):,.0f} ns" for ns in (measured.bare, measured.pair)]
+            words.append(f"{statistics.median(ratios):.2f}")
+            words.append(f"{min(ratios):.2f}..{max(ratios):.2f}")
+        table.add_row(*words)
+    return table
+
+
+# --- the command line ---
+
+
+def chosen(known: Sequence[str]) -> Callable[[str], list[str]]:
+    """A list with commas, of known words."""
+
+    def convert(text: str) -> list[str]:
+        words = text.split(",")
+        for word in words:
+            if word not in known:
+                what = f"'{word}' is unknown; known are {', '.join(known)}"
+                raise argparse.ArgumentTypeError(what)
+        return words
+
+    return convert
+
+
+def size(text: str) -> int:
+    """Bytes: 64, 4KiB, 1MiB."""
+    match = SIZE.fullmatch(text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a size")
+    size_bytes = int(match[1]) * UNITS[match[2]]
+    if not 1 <= size_bytes <= SIZE_BYTES_MAX:
+        raise argparse.ArgumentTypeError(f"'{text}' is not within 1 to {SIZE_BYTES_MAX}")
+    return size_bytes
+
+
+def round_count(text: str) -> int:
+    """At least one."""
+    if not re.fullmatch("[0-9]{1,4}", text) or not 1 <= int(text) <= ROUNDS_MAX:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number within 1 to {ROUNDS_MAX}")
+    return int(text)
+
+
+def make_parser() -> Parser:
+    """What can be said."""
+    parser = Parser(
+        prog="python -m ipc_bridge.harness.overhead",
+        description="Measure the round trip of a pair against that of the bare program.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--transport",
+        type=chosen(MECHANISMS),
+        metavar="T,T",
+        help=f"of {', '.join(MECHANISMS)} (default: all; with --stream unix)",
+    )
+    parser.add_argument(
+        "--language",
+        type=chosen(tuple(LANGUAGES)),
+        default=list(LANGUAGES),
+        metavar="L,L",
+        help="of both peers, or with --stream of the client: cpp, py (default: both)",
+    )
+    parser.add_argument(
+        "--size", type=size, default=64, metavar="BYTES", help="as 64, 4KiB, 1MiB (default 64)"
+    )
+    parser.add_argument(
+        "--rounds", type=round_count, default=5, metavar="N", help="default 5; 10 to be sure"
+    )
+    parser.add_argument(
+        "--stream", action="store_true", help="items/s instead, from a C++ server, nothing bare"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object, on one line")
+    return parser
+
+
+def overhead(words: Sequence[str]) -> int:
+    """The program; 1 if a cell failed."""
+    asked = make_parser().parse_args(words)
+    if asked.stream:
+        cells = [
+            Cell(transport, client, server, "", "cross-core")
+            for transport in asked.transport or ["unix"]
+            for client, server in STREAM_PAIRINGS
+            if client in asked.language
+        ]
+    else:
+        cells = [
+            Cell(transport, language, language, wait, placement)
+            for transport, language, (wait, placement) in itertools.product(
+                asked.transport or MECHANISMS, asked.language, SETUPS
+            )
+        ]
+    step = stream_round if asked.stream else echo_round
+    load = os.getloadavg()[0]
+    found = measure(cells, asked.rounds, asked.size, step)
+    op = "stream" if asked.stream else "echo"
+    if asked.json:
+        figures = {"op": op, "size_bytes": asked.size, "rounds": asked.rounds}
+        machine = {"cores": os.cpu_count(), "load_average": [load, os.getloadavg()[0]]}
+        document = figures | machine | {"cells": [report(measured) for measured in found]}
+        print(json.dumps(document, separators=(",", ":")))
+    else:
+        title = (
+            f"{op} of {asked.size} bytes, {asked.rounds} rounds, {os.cpu_count()} cores, "
+            f"load average {load:.1f} before and {os.getloadavg()[0]:.1f} after"
+        )
+        console = Console()
+        wide = console if console.is_terminal else Console(width=110)
+        wide.print(make_table(found, title, asked.stream))
+    return 1 if any(measured.failure for measured in found) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(overhead))

@@ -1,0 +1,199 @@
+"""Where the peers and the bare programs are, how to start them, and how to be sure that they end.
+
+Every program runs in a process group of its own: Ctrl-C reaches the harness alone, which then ends
+what it started in order, each by its id. A server is ready when it prints its line, never later.
+"""
+
+import argparse
+import contextlib
+import os
+import select
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, NoReturn
+from urllib.parse import quote
+
+from ipc_bridge.errors import Error, Status
+from ipc_bridge.peer import EXIT_INTERRUPTED, CommandLineError, report_error
+
+ROOT = Path(__file__).resolve().parents[3]
+LANGUAGES = {"cpp": "C++", "py": "Python"}
+PAIRINGS = tuple((client, server) for client in LANGUAGES for server in LANGUAGES)
+READY_S = 10.0  # a Python server needs about 0.2 on an idle machine
+RUN_S = 120.0  # no program here is asked for more than seconds: longer, and it hangs
+END_S = 5.0  # after SIGTERM; a server drains for one second at most
+
+
+class ProgramError(Exception):
+    """A program failed; the text is what it said, in full."""
+
+
+# --- where they are ---
+
+
+def build_dir() -> Path:
+    """Where the C++ programs are: IPC_BRIDGE_BUILD_DIR, or build/ of this tree."""
+    return ROOT / os.environ.get("IPC_BRIDGE_BUILD_DIR", "build")
+
+
+def binary(name: str) -> str:
+    """The path of a C++ program. Raises Error: NOT_FOUND."""
+    path = build_dir() / name
+    if not os.access(path, os.X_OK):
+        raise Error(Status.NOT_FOUND, f"{name} is not built; run `make build`", str(path))
+    return str(path)
+
+
+def peer(language: str) -> list[str]:
+    """The first words of a command to the peer. Raises Error: NOT_FOUND."""
+    if language == "py":
+        return [sys.executable, "-m", "ipc_bridge.peer"]
+    return [binary("ipc-bridge-peer")]
+
+
+def bare(mechanism: str, language: str) -> list[str]:
+    """The first words of a command to a bare program. Raises Error: NOT_FOUND."""
+    if language == "py":
+        return [sys.executable, str(ROOT / "python" / "bare" / f"{mechanism}.py")]
+    return [binary(f"bare/{mechanism}")]
+
+
+# --- running them ---
+
+
+@contextlib.contextmanager
+def private_directory() -> Iterator[str]:
+    """For sockets and pipes; gone, with all that is in it, when the `with` ends."""
+    with tempfile.TemporaryDirectory(prefix="ipc-bridge-") as directory:
+        yield directory
+
+
+def start(words: Sequence[str], core: int | None, stderr: IO[str] | int) -> subprocess.Popen[str]:
+    """Start a program, on one core if asked to: it inherits that from us, who return at once."""
+    cores = os.sched_getaffinity(0)
+    try:
+        if core is not None:
+            os.sched_setaffinity(0, {core})
+        return subprocess.Popen(
+            words,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            errors="replace",
+            process_group=0,
+        )
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
+def end(process: subprocess.Popen[str]) -> int:
+    """End a program and what it started: kindly, and after END_S, or when interrupted, at once."""
+    try:
+        if process.poll() is None:  # not waited for: its id, and so its group's, is still its own
+            os.killpg(process.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(END_S)
+    finally:
+        process.kill()
+        code = process.wait()
+        if process.stdout:
+            process.stdout.close()
+    return code
+
+
+def run(words: Sequence[str], core: int | None = None) -> str:
+    """Run a program to its end; what it printed. Raises ProgramError if it failed."""
+    process = start(words, core, subprocess.PIPE)
+    try:
+        out, said = process.communicate(timeout=RUN_S)
+    except subprocess.TimeoutExpired:
+        raise ProgramError(f"{shlex.join(words)} has not ended after {RUN_S:g} s") from None
+    finally:
+        end(process)
+    if process.returncode:
+        raise ProgramError(said.strip() or ended(words, process.returncode))
+    return out
+
+
+@contextlib.contextmanager
+def served(words: Sequence[str], core: int | None = None) -> Iterator[str]:
+    """A running server; what follows `ready`. Raises ProgramError if it, or its client, failed."""
+    failure = ""
+    with tempfile.TemporaryFile("w+", errors="replace") as log:
+        process = start(words, core, log)
+        try:
+            yield ready(process, words)
+        except ProgramError as error:
+            failure = str(error)
+        finally:
+            code = end(process)
+        log.seek(0)
+        said = log.read().strip()
+        if code not in (0, -signal.SIGTERM):  # bare programs do not catch it
+            said = "\n".join([said, ended(words, code)]).strip()
+        elif not failure:
+            return
+        raise ProgramError("\n".join(text for text in (failure, said) if text))
+
+
+def ready(process: subprocess.Popen[str], words: Sequence[str]) -> str:
+    """Wait for the ready line of a server."""
+    assert process.stdout is not None
+    if not select.select([process.stdout], [], [], READY_S)[0]:
+        raise ProgramError(f"{shlex.join(words)} is not ready after {READY_S:g} s")
+    word, _, address = process.stdout.readline().rstrip("\n").partition(" ")
+    if word != "ready":
+        raise ProgramError(f"{shlex.join(words)} has not become ready")
+    return address
+
+
+def ended(words: Sequence[str], code: int) -> str:
+    """How a program ended."""
+    return f"{shlex.join(words)} ended with {f'signal {-code}' if code < 0 else f'code {code}'}"
+
+
+@contextlib.contextmanager
+def served_peer(
+    scheme: str, language: str, path: str, wait: str = "", core: int | None = None
+) -> Iterator[str]:
+    """A peer that serves; the URL for its clients. With stdio, each client starts its own."""
+    query = f"?wait={wait}" if wait else ""
+    words = [*peer(language), "serve"]
+    if scheme == "stdio":
+        command = shlex.join([*words, f"stdio:{query}"])
+        yield f"stdio:{query} {command}" if query else f"stdio:{command}"
+        return
+    where = "127.0.0.1:0" if scheme.endswith("tcp") else quote(path)
+    with served([*words, f"{scheme}://{where}{query}"], core) as url:
+        yield url.partition("?")[0] + query
+
+
+# --- being a program ---
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with the form that all errors of this project have."""
+
+    def error(self, message: str) -> NoReturn:
+        where, colon, what = message.removeprefix("argument ").partition(": ")
+        raise CommandLineError(what, where) if colon else CommandLineError(message)
+
+
+def main(program: Callable[[Sequence[str]], int]) -> int:
+    """Run a program of the harness; whatever stops it, what it started ends as well."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:  # else nohup has a wish
+            signal.signal(number, signal.default_int_handler)
+    try:
+        return program(sys.argv[1:])
+    except KeyboardInterrupt:
+        report_error(Error(Status.CANCELLED, "interrupted"))
+        return EXIT_INTERRUPTED
+    except Error as error:
+        return report_error(error)

@@ -1,0 +1,945 @@
+"""Peers that lie, die, stop or squat, on either end: what must happen then, and to whom.
+
+The cases are rows of docs/conformance: 5 to 7, 14 to 23, 25, 30, and the memory of 4 and 10. Most
+of them share one server for each transport and language, which outlives them all; a control client
+is connected to it throughout.
+"""
+
+import gc
+import os
+import random
+import resource
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from faults_support import (
+    CALL_KIND,
+    CANCEL_KIND,
+    CREDIT_KIND,
+    END_KIND,
+    EXIT_STATUS,
+    GOODBYE_KIND,
+    HELLO_KIND,
+    ITEM_KIND,
+    LANGUAGES,
+    MIB,
+    NOBODY,
+    TRANSPORTS,
+    WINDOW_BYTES,
+    Raw,
+    Served,
+    address,
+    call,
+    children,
+    client,
+    cpu_s,
+    end,
+    ended,
+    fds,
+    free_port_url,
+    header,
+    hello,
+    is_refusal,
+    item,
+    kill,
+    only_child,
+    peer,
+    rss_bytes,
+    run_client,
+    served,
+    sleeps,
+    start_server,
+    state,
+    stdio_url,
+    stopped,
+    stream_call,
+    threads,
+    until,
+)
+
+from ipc_bridge import Bridge, CallError, Error, Status, connect, transport
+
+DATA_LOSS = EXIT_STATUS + Status.DATA_LOSS
+DEADLINE_EXCEEDED = EXIT_STATUS + Status.DEADLINE_EXCEEDED
+EXISTS = EXIT_STATUS + Status.ALREADY_EXISTS
+EXHAUSTED = EXIT_STATUS + Status.RESOURCE_EXHAUSTED
+INTERNAL = EXIT_STATUS + Status.INTERNAL
+NOT_FOUND = EXIT_STATUS + Status.NOT_FOUND
+REFUSED = EXIT_STATUS + Status.PERMISSION_DENIED
+UNAVAILABLE = EXIT_STATUS + Status.UNAVAILABLE
+
+SEEN_S = 1.0  # in which a death is seen, and what it held is given back
+ENDLESS = str(10**12)
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as another user")
+over_transports = pytest.mark.parametrize("scheme", TRANSPORTS)
+of_servers = pytest.mark.parametrize("server", LANGUAGES)
+of_clients = pytest.mark.parametrize("caller", LANGUAGES)
+
+
+# --- what all tests share ---
+
+
+class Host(NamedTuple):
+    """A server that many tests share, and a client that must not notice any of them."""
+
+    scheme: str
+    server: Served
+    control: Bridge
+
+    @property
+    def url(self) -> str:
+        return self.server.url
+
+    @property
+    def pid(self) -> int:
+        return self.server.pid
+
+    def check(self, when: str) -> None:
+        """The control client gets the right answer."""
+        payload = f"{when}-{time.monotonic_ns()}".encode()
+        assert self.control.echo(payload, timeout=2.0) == payload
+
+
+HOSTS = [(scheme, language) for scheme in TRANSPORTS for language in LANGUAGES]
+
+
+@pytest.fixture(scope="module", params=HOSTS, ids="-".join)
+def shared(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Host]:
+    scheme, language = request.param
+    url = address(scheme, tmp_path_factory.mktemp("host"))
+    with served(url, language) as server, connect(server.url) as control:
+        host = Host(scheme, server, control)
+        host.check("warm")
+        yield host
+
+
+@pytest.fixture
+def host(shared: Host) -> Iterator[Host]:
+    """The shared server; whatever a test does, its fds and threads come back, and it answers."""
+    assert shared.server.process.poll() is None, "an earlier test has ended the shared server"
+    shared.check("before")
+    before = (fds(shared.pid), threads(shared.pid))
+    yield shared
+    shared.check("after")
+    back = until(lambda: (fds(shared.pid), threads(shared.pid)) == before, SEEN_S)
+    now = (fds(shared.pid), threads(shared.pid))
+    assert back, f"fds and threads of the server were {before}, are {now}"
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left() -> Iterator[None]:
+    """Neither children nor descriptors of the test itself."""
+    me = os.getpid()
+    before = (children(me), fds(me))
+    yield
+    gc.collect()
+    assert (children(me), fds(me)) == before
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Path]:
+    """A directory in which nothing may be left."""
+    yield tmp_path
+    assert [str(path) for path in tmp_path.rglob("*")] == []
+
+
+# --- rows 5 to 7: what a client may send ---
+
+RUNNING = hello() + stream_call(1, 1000, 16, rate_hz=10)
+HOSTILE = {
+    "garbage": random.Random(7).randbytes(256),
+    "http": b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "zeros": bytes(64),
+    "magic": hello(magic=b"BCPI"),
+    "version-0": hello(version=0),
+    "version-2": hello(version=2),
+    "window-0": hello(window=0),
+    "window-too-large": hello(window=(1 << 30) + 1),
+    "hello-of-7-bytes": header(HELLO_KIND, 7, code=1, value=1) + b"IPCB\0\0\0",
+    "hello-of-9-bytes": header(HELLO_KIND, 9, code=1, value=1) + b"IPCB\0\0\0\0\0",
+    "hello-twice": hello() + hello(),
+    "kind-0": hello() + header(0),
+    "kind-8": hello() + header(8),
+    "kind-255": hello() + header(255),
+    "call-before-hello": call(1, b"early"),
+    "call-id-0": hello() + call(0, b"x"),
+    "call-id-2-first": hello() + call(2, b"x"),
+    "call-id-again": hello() + call(1, b"x") + call(1, b"x"),
+    "call-while-running": RUNNING + call(2, b"x"),
+    "call-of-4-GiB": hello() + header(CALL_KIND, 0xFFFFFFFF, code=1, call_id=1),
+    "call-of-4-GiB-before-hello": header(CALL_KIND, 0xFFFFFFFF, code=1, call_id=1),
+    "hello-of-4-GiB": header(HELLO_KIND, 0xFFFFFFFF, code=1, value=1),
+    "item": hello() + item(1, 0, b"x"),
+    "end": hello() + end(1, 0, b"x"),
+    "goodbye": hello() + header(GOODBYE_KIND),
+    "cancel-of-a-later-call": hello() + header(CANCEL_KIND, call_id=1),
+    "cancel-of-call-0": hello() + header(CANCEL_KIND),
+    "cancel-with-a-payload": RUNNING + header(CANCEL_KIND, 1, call_id=1) + b"x",
+    "credit-with-a-payload": RUNNING + header(CREDIT_KIND, 1, call_id=1, value=1) + b"x",
+    "credit-above-the-window": RUNNING + header(CREDIT_KIND, call_id=1, value=2 * WINDOW_BYTES),
+    "credit-of-4-GiB": RUNNING + header(CREDIT_KIND, call_id=1, value=0xFFFFFFFF),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_client_that_breaks_the_rules_is_refused(host: Host, name: str) -> None:
+    with Raw.connect(host.url) as raw:
+        raw.send(HOSTILE[name])
+        host.check("during")
+        assert is_refusal(raw)
+
+
+@of_servers
+@pytest.mark.parametrize("name", ["magic", "kind-8", "call-of-4-GiB", "call-while-running"])
+def test_a_stdio_server_refuses_and_leaves(server: str, name: str) -> None:
+    with Raw.connect(stdio_url(server)) as raw:
+        (child,) = children(os.getpid()) & {pid for pid in children(os.getpid()) if pid > 1} - {
+            pid for pid in children(os.getpid()) if "stdio:" not in cmdline(pid)
+        }
+        raw.send(HOSTILE[name])
+        assert is_refusal(raw)
+        assert until(lambda: state(child) in "ZX", SEEN_S)
+
+
+def cmdline(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+
+
+FIELDS = {  # first bit and count of bits
+    "size": (0, 32),
+    "kind": (32, 8),
+    "flags": (40, 8),
+    "code": (48, 16),
+    "call-id": (64, 32),
+    "value": (96, 32),
+}
+
+
+def flipped(data: bytes, bit: int) -> bytes:
+    out = bytearray(data)
+    out[bit // 8] ^= 1 << bit % 8
+    return bytes(out)
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_any_bit_of_a_call_flipped(host: Host, field: str) -> None:
+    """What comes is an answer to a call that is odd but legal, or a refusal."""
+    first, count = FIELDS[field]
+    for bit in range(first, first + count):
+        with Raw.connect(host.url) as raw:
+            raw.send(hello() + flipped(call(1, b"four"), bit))
+            if bit < 26:  # another size, a legal one: the server waits for the rest
+                (_,) = raw.frames(2, seconds=0.002)
+            elif field in ("size", "kind", "call-id") or 40 < bit < 48:
+                assert is_refusal(raw), f"bit {bit}"
+            else:
+                _, answer = raw.frames(2)
+                assert (answer.kind, answer.call_id) == (END_KIND, 1), f"bit {bit}"
+                legal = {Status.OK, Status.DEADLINE_EXCEEDED}  # of 1 ms, perhaps
+                assert answer.code in (legal if field == "value" else {Status.UNIMPLEMENTED})
+        if bit % 8 == 0:
+            host.check("during")
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_any_bit_of_a_hello_flipped(host: Host, field: str) -> None:
+    first, count = FIELDS[field]
+    for bit in range(first, first + count):
+        with Raw.connect(host.url) as raw:
+            raw.send(flipped(hello(), bit) + call(1, b"four"))
+            if field == "value" and bit - first not in (22, 30, 31):  # another window, a legal one
+                _, answer = raw.frames(2)
+                assert (answer.kind, answer.payload) == (END_KIND, b"four"), f"bit {bit}"
+            else:
+                assert is_refusal(raw), f"bit {bit}"
+    host.check("during")
+
+
+def test_a_frame_cut_short_anywhere(host: Host) -> None:
+    whole = hello() + call(1, b"cut")
+    for size in range(len(whole)):
+        with Raw.connect(host.url) as raw:
+            raw.send(whole[:size])
+    host.check("during")
+
+
+def test_a_declared_size_makes_no_room(host: Host) -> None:
+    huge = header(CALL_KIND, 0xFFFFFFFF, code=1, call_id=1)
+    before = rss_bytes(host.pid)
+    with ExitStack() as open_still:
+        for number in range(40):
+            raw = open_still.enter_context(Raw.connect(host.url))
+            raw.send((hello() if number % 2 else b"") + huge)
+            assert is_refusal(raw)
+        host.check("during")
+    assert rss_bytes(host.pid) - before < 16 * MIB
+
+
+def test_one_byte_a_write(host: Host) -> None:
+    with Raw.connect(host.url) as raw:
+        for byte in hello() + call(1, b"byte by byte") + call(2, b"again"):
+            raw.send(bytes([byte]))
+        _, first, second = raw.frames(3)
+        assert (first.payload, second.payload) == (b"byte by byte", b"again")
+
+
+def test_many_frames_in_one_write(host: Host) -> None:
+    payloads = [str(number).encode() * (number % 50) for number in range(1, 501)]
+    calls = b"".join(call(number, payload) for number, payload in enumerate(payloads, 1))
+    with Raw.connect(host.url) as raw:
+        raw.send(hello() + calls)
+        _, *answers = raw.frames(501)
+        assert [answer.call_id for answer in answers] == list(range(1, 501))
+        assert [answer.payload for answer in answers] == payloads
+
+
+# --- rows 6 and 9: what a server may send ---
+
+
+class Script(NamedTuple):
+    """A server's lines: at once, after the CALL, and whether it hangs up then."""
+
+    code: int  # with which the client must end
+    first: bytes = b""
+    answer: bytes = b""
+    hangs_up: bool = False
+    command: str = "echo"
+    timeout: str = "5"
+
+
+ITEMS = item(1, 0, b"????????") + item(1, 1, b"????????")
+SCRIPTS = {
+    "garbage": Script(INTERNAL, random.Random(8).randbytes(256)),
+    "http": Script(INTERNAL, b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n"),
+    "magic": Script(INTERNAL, hello(magic=b"BCPI")),
+    "version": Script(INTERNAL, hello(version=2)),
+    "no-hello": Script(UNAVAILABLE, timeout="0.4"),
+    "early-close": Script(UNAVAILABLE, hangs_up=True, timeout="0.4"),
+    "hello-then-close": Script(UNAVAILABLE, hello(), hangs_up=True),
+    "half-a-hello": Script(UNAVAILABLE, hello()[:20], hangs_up=True),
+    "hello-twice": Script(INTERNAL, hello() + hello()),
+    "kind-9": Script(INTERNAL, hello(), header(9)),
+    "call": Script(INTERNAL, hello(), call(1)),
+    "credit": Script(INTERNAL, hello(), header(CREDIT_KIND, call_id=1, value=1)),
+    "end-of-an-unknown-call": Script(INTERNAL, hello(), end(7)),
+    "end-of-the-session-with-ok": Script(INTERNAL, hello(), end(0)),
+    "end-with-status-17": Script(INTERNAL, hello(), end(1, 17, b"what?")),
+    "message-not-utf-8": Script(INTERNAL, hello(), end(1, 3, b"\xff\xfe")),
+    "message-too-long": Script(INTERNAL, hello(), end(1, 3, b"x" * 1025)),
+    "reply-of-4-GiB": Script(INTERNAL, hello(), header(END_KIND, 0xFFFFFFFF, call_id=1)),
+    "item-to-echo": Script(INTERNAL, hello(), item(1, 0, b"x")),
+    "refusal": Script(EXHAUSTED, end(0, Status.RESOURCE_EXHAUSTED, b"full")),
+    "refusal-after-hello": Script(EXHAUSTED, hello(), end(0, Status.RESOURCE_EXHAUSTED, b"full")),
+    "goodbye": Script(UNAVAILABLE, hello() + header(GOODBYE_KIND), hangs_up=True),
+    "reply-cut-short": Script(
+        UNAVAILABLE, hello(), header(END_KIND, 5, call_id=1) + b"he", hangs_up=True
+    ),
+    "wrong-reply": Script(DATA_LOSS, hello(), end(1, 0, b"jello")),
+    "item-of-a-later-call": Script(INTERNAL, hello(), item(2, 0, b""), command="stream"),
+    "item-out-of-order": Script(INTERNAL, hello(), item(1, 1, b""), command="stream"),
+    "item-without-credit": Script(INTERNAL, hello(), item(1, 0, b"") * 1, command="overrun"),
+    "items-without-credit": Script(
+        INTERNAL, hello(), item(1, 0, bytes(8)) + item(1, 1, bytes(8)), command="overrun"
+    ),
+    "stream-end-with-payload": Script(INTERNAL, hello(), end(1, 0, b"x"), command="stream"),
+    "stream-cut-short": Script(UNAVAILABLE, hello(), b"", hangs_up=True, command="stream"),
+    "wrong-items": Script(DATA_LOSS, hello(), ITEMS, command="stream"),
+    "too-few-items": Script(DATA_LOSS, hello(), end(1), command="stream"),
+}
+del SCRIPTS["item-without-credit"]  # one item is within any window
+EVERYWHERE = (
+    "garbage",
+    "no-hello",
+    "early-close",
+    "end-of-an-unknown-call",
+    "items-without-credit",
+)
+COMMANDS = {
+    "echo": ("--payload", "hello"),
+    "stream": ("--count", "5", "--size", "8"),
+    "overrun": ("--count", "5", "--size", "8", "--window", "1"),
+}
+
+
+@of_clients
+@pytest.mark.parametrize(
+    ("scheme", "name"),
+    [(scheme, name) for scheme in TRANSPORTS for name in SCRIPTS if scheme == "unix"]
+    + [(scheme, name) for scheme in ("pipe", "tcp") for name in EVERYWHERE],
+)
+def test_a_server_that_breaks_the_rules(scheme: str, name: str, caller: str, place: Path) -> None:
+    script = SCRIPTS[name]
+    peer(caller)
+    listener = transport(address(scheme, place)).listen()
+    alarm = threading.Timer(10, listener.interrupt)
+    alarm.start()
+    command = "stream" if script.command == "overrun" else script.command
+    words = (command, listener.url, *COMMANDS[script.command], "--timeout", script.timeout)
+    try:
+        with client(caller, *words) as process:
+            stream = listener.accept()
+            assert stream is not None, "the client does not come"
+            with Raw(stream) as raw:
+                raw.send(script.first)
+                if script.answer:
+                    came = raw.frames(2, seconds=5)
+                    assert [frame.kind for frame in came] == [HELLO_KIND, CALL_KIND]
+                    raw.send(script.answer)
+                if not script.hangs_up:
+                    assert ended(process) == script.code
+            assert not script.hangs_up or ended(process) == script.code
+    finally:
+        alarm.cancel()
+        alarm.join()
+        listener.close()
+
+
+@of_clients
+@pytest.mark.parametrize(
+    ("url", "code"),
+    [
+        ("stdio:/bin/cat", INTERNAL),  # which says what we said
+        ("stdio:/bin/true", UNAVAILABLE),
+        ("stdio:/bin/echo hello, I am no server of yours", INTERNAL),
+        ("stdio:/nonexistent/server", NOT_FOUND),
+    ],
+    ids=["cat", "true", "echo", "nothing"],
+)
+def test_a_child_that_is_no_server(caller: str, url: str, code: int) -> None:
+    assert run_client(caller, "echo", url, "--payload", "hello") == code
+
+
+# --- row 14: the server dies ---
+
+PACES = {
+    "in-mid-call": ("--count", ENDLESS, "--size", "16", "--rate", "1"),
+    "in-mid-stream": ("--count", ENDLESS, "--size", "1024"),
+}
+
+
+@pytest.mark.parametrize("pace", PACES)
+@of_servers
+@of_clients
+@pytest.mark.parametrize("scheme", [*TRANSPORTS, "stdio"])
+def test_the_server_is_killed(
+    scheme: str, caller: str, server: str, pace: str, tmp_path: Path
+) -> None:
+    with ExitStack() as running:
+        if scheme == "stdio":
+            url = stdio_url(server)
+        else:
+            up = running.enter_context(served(address(scheme, tmp_path), server))
+            url, pid = up.url, up.pid
+        process = running.enter_context(client(caller, "stream", url, *PACES[pace]))
+        if scheme == "stdio":
+            pid = only_child(process.pid)
+        assert until(lambda: threads(pid) > 1)
+        if pace == "in-mid-call":
+            assert until(lambda: sleeps(process.pid))
+        else:
+            assert until(lambda: cpu_s(process.pid) > 0.2 and cpu_s(pid) > 0.2)
+        assert process.poll() is None
+        os.kill(pid, signal.SIGKILL)
+        began = time.monotonic()
+        assert ended(process) == UNAVAILABLE
+        assert time.monotonic() - began < SEEN_S
+
+
+@over_transports
+@of_servers
+def test_the_server_is_killed_under_a_client_object(
+    scheme: str, server: str, tmp_path: Path
+) -> None:
+    """Row 18 too: what comes to life at the address later answers no call of the old connection."""
+    with served(address(scheme, tmp_path), server) as first:
+        url = first.url
+        bridge = connect(url)
+        assert bridge.echo(b"first") == b"first"
+        kill(first.process)
+    with bridge, served(url, server) as second:
+        assert second.url == url
+        with pytest.raises(CallError) as caught:
+            bridge.echo(b"old", timeout=2.0)
+        assert caught.value.status == Status.UNAVAILABLE
+        with connect(url, timeout=1.0) as fresh:
+            assert fresh.echo(b"new", timeout=1.0) == b"new"
+
+
+@over_transports
+@of_servers
+def test_the_server_is_restarted_under_a_client_object(
+    scheme: str, server: str, place: Path
+) -> None:
+    with served(address(scheme, place), server) as first:
+        url = first.url
+        bridge = connect(url)
+        assert bridge.echo(b"first") == b"first"
+    with bridge, served(url, server):
+        with pytest.raises(CallError) as caught:
+            bridge.echo(b"old", timeout=2.0)
+        assert caught.value.status == Status.UNAVAILABLE
+        with connect(url, timeout=1.0) as fresh:
+            assert fresh.echo(b"new", timeout=1.0) == b"new"
+
+
+# --- rows 15 and 16: the client dies (the fixture sees that its fds and threads come back) ---
+
+HALF_A_CALL = """
+import sys
+from faults_support import CALL_KIND, Raw, header, hello
+raw = Raw.connect(sys.argv[1])
+raw.send(hello() + header(CALL_KIND, 1 << 20, code=1, call_id=1) + bytes(1 << 19))
+print("sent", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_the_client_is_killed_in_mid_request(host: Host) -> None:
+    before = threads(host.pid)
+    pipe = subprocess.PIPE
+    words = [sys.executable, "-c", HALF_A_CALL, host.url]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    process = subprocess.Popen(words, stdin=pipe, stdout=pipe, text=True, env=environment)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "sent\n"
+        assert until(lambda: threads(host.pid) > before)
+        host.check("during")
+    finally:
+        kill(process)
+
+
+@of_clients
+def test_the_client_is_killed_in_mid_stream(host: Host, caller: str) -> None:
+    before = threads(host.pid)
+    used = cpu_s(host.pid)
+    with client(caller, "stream", host.url, *PACES["in-mid-stream"]) as process:
+        assert until(lambda: threads(host.pid) > before)
+        assert until(lambda: cpu_s(host.pid) > used + 0.05)
+        host.check("during")
+        assert process.poll() is None
+        process.kill()
+
+
+@of_servers
+@of_clients
+def test_a_stdio_server_goes_with_its_client(caller: str, server: str) -> None:
+    with client(caller, "stream", stdio_url(server), *PACES["in-mid-call"]) as process:
+        child = only_child(process.pid)
+        process.kill()
+        assert until(lambda: state(child) in "ZX", SEEN_S)
+
+
+CRASHES = [("write", number) for number in range(1, 6)] + [("file", number) for number in (1, 2, 3)]
+CRASH_CALLS = {
+    "write": "?sendto,?sendmsg,?writev,?write",
+    "file": "?mknod,?mknodat,?unlink,?unlinkat",
+}
+
+
+@of_clients
+@pytest.mark.parametrize(("step", "number"), CRASHES)
+def test_the_client_is_killed_at_each_step(host: Host, caller: str, step: str, number: int) -> None:
+    if step == "file" and host.scheme != "pipe":
+        pytest.skip("only pipe makes files to arrive")
+    strace = shutil.which("strace")
+    if strace is None:
+        pytest.skip("strace is missing")
+    inject = f"inject={CRASH_CALLS[step]}:signal=KILL:when={number}"
+    options = ["-f", "-qq", "-o", "/dev/null", "-e", "trace=none", "-e", inject]
+    words = ["echo", host.url, "--payload", "hello", "--count", "2"]
+    done = subprocess.run(
+        [strace, *options, *peer(caller), *words], capture_output=True, text=True, timeout=20
+    )
+    if "ptrace" in done.stderr.lower():
+        pytest.skip(f"strace cannot trace here: {done.stderr.strip()}")
+    killed = done.returncode in (-signal.SIGKILL, 128 + signal.SIGKILL)
+    assert killed or (number > 2 and done.returncode == 0), done.stderr
+    with connect(host.url, timeout=1.0) as fresh:
+        assert fresh.echo(b"fresh", timeout=1.0) == b"fresh"
+
+
+# --- row 17: somebody stops ---
+
+
+def test_a_deadline_holds_against_a_stopped_server(host: Host) -> None:
+    with connect(host.url) as bridge:
+        with stopped(host.pid):
+            began = time.monotonic()
+            with pytest.raises(CallError) as caught:
+                bridge.echo(b"stopped", timeout=0.4)
+            took = time.monotonic() - began
+        assert caught.value.status == Status.DEADLINE_EXCEEDED
+        assert 0.4 <= took < 0.5
+        assert bridge.echo(b"next", timeout=2.0) == b"next"  # not the answer to the call before
+
+
+@of_clients
+def test_a_stopped_server_is_not_waited_for(host: Host, caller: str) -> None:
+    words = ("echo", host.url, "--payload", "hello", "--timeout")
+    with stopped(host.pid):
+        began = time.monotonic()
+        assert run_client(caller, *words, "0.4") == UNAVAILABLE
+        assert time.monotonic() - began < 0.4 + 1.0  # a program has to start, too
+    assert run_client(caller, *words, "2") == 0
+
+
+@of_clients
+def test_a_server_that_stops_in_mid_stream(host: Host, caller: str) -> None:
+    before = threads(host.pid)
+    words = ("--count", ENDLESS, "--size", "16", "--rate", "50", "--timeout", "0.5")
+    with client(caller, "stream", host.url, *words) as process:
+        assert until(lambda: threads(host.pid) > before)
+        with stopped(host.pid):
+            began = time.monotonic()
+            assert ended(process) in (DEADLINE_EXCEEDED, UNAVAILABLE)
+            assert time.monotonic() - began < 0.5 + 0.5
+
+
+@of_clients
+def test_a_stopped_client_disturbs_nobody(host: Host, caller: str) -> None:
+    used = cpu_s(host.pid)
+    words = ("--count", "400000", "--size", "1024")
+    with client(caller, "stream", host.url, *words) as process:
+        assert until(lambda: cpu_s(host.pid) > used + 0.02)
+        with stopped(process.pid):
+            for _ in range(20):
+                host.check("during")
+            assert until(lambda: sleeps_all(host.pid)), "the server spins"
+        assert ended(process) == 0
+
+
+def sleeps_all(pid: int) -> bool:
+    """Does it use no CPU to speak of?"""
+    before = cpu_s(pid)
+    time.sleep(0.2)
+    return cpu_s(pid) - before <= 0.02
+
+
+# --- row 19: what the dead left behind ---
+
+
+@pytest.mark.parametrize("successor", LANGUAGES)
+@of_servers
+@pytest.mark.parametrize("scheme", ["pipe", "unix"])
+def test_stale_things_are_reclaimed(
+    scheme: str, server: str, successor: str, tmp_path: Path
+) -> None:
+    peer(successor)
+    url = address(scheme, tmp_path)
+    with served(url, server) as first:
+        kill(first.process)
+    if scheme == "pipe":
+        for direction in ("c2s", "s2c"):
+            os.mkfifo(tmp_path / "p" / f"0123456789abcdef.{direction}", 0o600)
+    left = {path.name for path in tmp_path.rglob("*")}
+    assert left >= ({"p", "lock", "listen"} if scheme == "pipe" else {"u", "u.lock"})
+    with served(url, successor), connect(url, timeout=1.0) as bridge:
+        assert bridge.echo(b"second", timeout=1.0) == b"second"
+    # The directory of a pipe belongs to who made it, and he is dead.
+    assert [path.name for path in tmp_path.rglob("*") if not path.is_dir()] == []
+
+
+# --- row 20: two servers ---
+
+
+@pytest.mark.parametrize("second", LANGUAGES)
+def test_a_second_server_is_told_so(host: Host, second: str) -> None:
+    before = sorted(os.listdir(place_of(host))) if host.scheme != "tcp" else []
+    began = time.monotonic()
+    assert run_client(second, "serve", host.url) == EXISTS
+    assert time.monotonic() - began < SEEN_S
+    with connect(host.url, timeout=1.0) as fresh:
+        assert fresh.echo(b"first", timeout=1.0) == b"first"
+    assert before == (sorted(os.listdir(place_of(host))) if host.scheme != "tcp" else [])
+
+
+def place_of(host: Host) -> Path:
+    path = Path(host.url.partition("://")[2])
+    return path if host.scheme == "pipe" else path.parent
+
+
+# --- rows 21 and 22: other people ---
+
+
+def squat(path: Path, what: str) -> None:
+    """Put something at a path that a server would want."""
+    path.parent.mkdir(mode=0o700, exist_ok=True)
+    elsewhere = path.parent / "elsewhere"
+    match what.removeprefix("foreign-"):
+        case "file":
+            path.write_text("not yours")
+            path.chmod(0o600)
+        case "link":
+            elsewhere.write_text("not yours either")
+            path.symlink_to(elsewhere)
+        case "dangling-link":
+            path.symlink_to(elsewhere)
+        case "link-to-a-directory":
+            elsewhere.mkdir(mode=0o700)
+            path.symlink_to(elsewhere)
+        case "directory":
+            path.mkdir(mode=0o700)
+        case "open-directory":
+            path.mkdir()
+            path.chmod(0o777)
+        case "fifo":
+            os.mkfifo(path, 0o600)
+        case "socket":
+            with socket.socket(socket.AF_UNIX) as dead:
+                dead.bind(str(path))
+    if what.startswith("foreign-"):
+        os.chown(path, NOBODY, NOBODY)
+
+
+def snapshot(directory: Path) -> dict[str, tuple[object, ...]]:
+    """All that is in a directory, to the inode."""
+    found: dict[str, tuple[object, ...]] = {}
+    for path in directory.rglob("*"):
+        info = path.lstat()
+        content = path.read_bytes() if stat.S_ISREG(info.st_mode) else b""
+        found[str(path)] = (info.st_mode, info.st_uid, info.st_ino, content)
+    return found
+
+
+SQUATS = [
+    ("unix", "u", "file"),
+    ("unix", "u", "link"),
+    ("unix", "u", "dangling-link"),
+    ("unix", "u", "directory"),
+    ("unix", "u", "fifo"),
+    ("unix", "u", "foreign-socket"),
+    ("unix", "u.lock", "link"),
+    ("unix", "u.lock", "dangling-link"),
+    ("unix", "u.lock", "fifo"),
+    ("unix", "u.lock", "foreign-file"),
+    ("pipe", "p", "file"),
+    ("pipe", "p", "link-to-a-directory"),
+    ("pipe", "p", "open-directory"),
+    ("pipe", "p", "foreign-directory"),
+    ("pipe", "p/lock", "link"),
+    ("pipe", "p/lock", "dangling-link"),
+    ("pipe", "p/lock", "foreign-file"),
+    ("pipe", "p/listen", "file"),
+    ("pipe", "p/listen", "link"),
+    ("pipe", "p/listen", "foreign-fifo"),
+]
+
+
+@of_servers
+@pytest.mark.parametrize(("scheme", "name", "what"), SQUATS)
+def test_a_squatted_name_is_refused_and_left_alone(
+    scheme: str, name: str, what: str, server: str, tmp_path: Path
+) -> None:
+    if what.startswith("foreign-") and os.geteuid() != 0:
+        pytest.skip("only root can give things away")
+    squat(tmp_path / name, what)
+    before = snapshot(tmp_path)
+    assert run_client(server, "serve", address(scheme, tmp_path)) in (EXISTS, REFUSED)
+    assert snapshot(tmp_path) == before
+
+
+@pytest.fixture
+def public_place() -> Iterator[Path]:
+    """A directory that everybody can enter, and where everybody can make things."""
+    with tempfile.TemporaryDirectory(prefix="ipc-bridge-faults-") as name:
+        os.chmod(name, 0o777)
+        yield Path(name)
+        assert os.listdir(name) == []
+
+
+@needs_root
+@of_servers
+@of_clients
+@pytest.mark.parametrize("scheme", ["pipe", "unix"])
+def test_another_user_is_refused(scheme: str, caller: str, server: str, public_place: Path) -> None:
+    """(tcp cannot tell who comes: a socket of the loopback device has no owner.)"""
+    with served(address(scheme, public_place), server) as up, connect(up.url) as control:
+        words = ("echo", up.url, "--payload", "hello", "--timeout", "0.4")
+        assert run_client(caller, *words, uid=NOBODY) == REFUSED
+        assert control.echo(b"hello", timeout=1.0) == b"hello"
+
+
+@needs_root
+@of_servers
+@of_clients
+def test_another_user_is_refused_at_an_open_door(
+    caller: str, server: str, public_place: Path
+) -> None:
+    """Somebody has opened the socket's mode for all: the server still asks who comes."""
+    with served(address("unix", public_place), server) as up, connect(up.url) as control:
+        os.chmod(public_place / "u", 0o666)
+        words = ("echo", up.url, "--payload", "hello", "--timeout", "0.4")
+        assert run_client(caller, *words, uid=NOBODY) in (REFUSED, UNAVAILABLE)
+        assert control.echo(b"hello", timeout=1.0) == b"hello"
+
+
+@needs_root
+@of_servers
+@of_clients
+@pytest.mark.parametrize("scheme", ["pipe", "unix"])
+def test_a_client_does_not_talk_to_another_users_server(
+    scheme: str, caller: str, server: str, public_place: Path
+) -> None:
+    with served(address(scheme, public_place), server, uid=NOBODY) as up:
+        assert run_client(caller, "echo", up.url, "--payload", "secret") == REFUSED
+
+
+# --- row 23: the client is early ---
+
+
+@over_transports
+@of_servers
+@of_clients
+def test_a_client_waits_for_its_server(scheme: str, caller: str, server: str, place: Path) -> None:
+    peer(server)
+    url = free_port_url() if scheme == "tcp" else address(scheme, place)
+    with client(caller, "echo", url, "--payload", "early", "--timeout", "5") as process:
+        time.sleep(0.3)  # the case itself: nobody is there yet
+        assert process.poll() is None
+        with served(url, server):
+            assert ended(process) == 0
+
+
+@over_transports
+@of_clients
+def test_without_a_server_a_client_gives_up(scheme: str, caller: str, place: Path) -> None:
+    url = free_port_url() if scheme == "tcp" else address(scheme, place)
+    began = time.monotonic()
+    assert run_client(caller, "echo", url, "--payload", "x", "--timeout", "0.3") == UNAVAILABLE
+    assert 0.3 <= time.monotonic() - began < 0.3 + 1.0
+
+
+# --- rows 25 and 30: too many ---
+
+
+def limit_fds(pid: int, spare: int) -> tuple[int, int]:
+    """Leave a process so many descriptors to open; the limit that it had."""
+    used = {int(name) for name in os.listdir(f"/proc/{pid}/fd")}
+    free = [number for number in range(len(used) + spare + 1) if number not in used]
+    while len(free) <= spare:
+        free.append(max(*free, *used) + 1)
+    before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (free[spare], before[1]))
+    return before
+
+
+@pytest.mark.parametrize("spare", [1, 2, 3, 4, 5])
+@of_servers
+@over_transports
+def test_a_server_out_of_descriptors(scheme: str, server: str, spare: int, place: Path) -> None:
+    """Whoever comes then waits; the server sleeps, and takes clients again once it can."""
+    if scheme != "pipe" and spare not in (1, 3):
+        pytest.skip("only on pipe does a client cost several descriptors")
+    with served(address(scheme, place), server) as up:
+        with connect(up.url) as warm:
+            warm.echo(b"warm")
+        assert until(lambda: threads(up.pid) == 1)
+        before = limit_fds(up.pid, spare)
+        with ExitStack() as open_still:
+            for _ in range(spare + 3):
+                try:
+                    open_still.enter_context(Raw.connect(up.url, 0.1))
+                except Error as error:
+                    assert error.status in (Status.UNAVAILABLE, Status.RESOURCE_EXHAUSTED)
+            used = cpu_s(up.pid)
+            time.sleep(0.5)  # the time in which it must not spin
+            assert up.process.poll() is None, "the server has died"
+            assert cpu_s(up.pid) - used < 0.1
+        if spare < 3:  # not enough for even one client of pipe
+            resource.prlimit(up.pid, resource.RLIMIT_NOFILE, before)
+        with connect(up.url, timeout=2.0) as bridge:
+            assert bridge.echo(b"again", timeout=1.0) == b"again"
+
+
+@of_servers
+@over_transports
+def test_a_crowd_that_never_says_hello(scheme: str, server: str, place: Path) -> None:
+    with served(address(scheme, place), server) as up, ExitStack() as crowd:
+        for _ in range(300):
+            crowd.enter_context(Raw.connect(up.url))
+        began = time.monotonic()
+        with connect(up.url, timeout=1.0) as bridge:
+            assert bridge.echo(b"hello", timeout=1.0) == b"hello"
+        assert time.monotonic() - began < 1.0
+
+
+def test_who_never_says_hello_is_dropped(tmp_path: Path) -> None:
+    """After 5 s; all servers wait at the same time."""
+    with ExitStack() as running:
+        silent: list[Raw] = []
+        for language in LANGUAGES if has_cpp() else ["py"]:
+            for scheme in TRANSPORTS:
+                directory = tmp_path / language
+                directory.mkdir(exist_ok=True)
+                up = running.enter_context(served(address(scheme, directory), language))
+                silent.append(running.enter_context(Raw.connect(up.url)))
+                silent[-1].send(hello()[:10])  # a part of one is none
+        began = time.monotonic()
+        for raw in silent:
+            left = 5 + SEEN_S - (time.monotonic() - began)
+            raw.frames(seconds=max(0.0, left))
+            assert raw.ended
+        assert time.monotonic() - began > 3.0
+
+
+def has_cpp() -> bool:
+    try:
+        return bool(peer("cpp"))
+    except pytest.skip.Exception:
+        return False
+
+
+# --- what it costs ---
+
+
+@pytest.mark.parametrize("wait", ["block", "adaptive"])
+@of_servers
+def test_who_idles_costs_nothing(server: str, wait: str, tmp_path: Path) -> None:
+    with ExitStack() as running:
+        pids = []
+        for scheme in TRANSPORTS:
+            up = start_server(f"{address(scheme, tmp_path)}?wait={wait}", server)
+            running.callback(kill, up.process)
+            bridge = running.enter_context(connect(up.url))
+            assert bridge.echo(b"warm") == b"warm"
+            pids.append(up.pid)
+        time.sleep(0.1)
+        before = [cpu_s(pid) for pid in pids]
+        time.sleep(1.0)
+        used = [cpu_s(pid) - old for pid, old in zip(pids, before, strict=True)]
+        assert max(used) <= 0.02, dict(zip(TRANSPORTS, used, strict=True))
+
+
+@pytest.mark.parametrize("window", [1, WINDOW_BYTES, 64 * MIB], ids=["1B", "4MiB", "64MiB"])
+def test_a_reader_that_stops_costs_its_window_at_most(host: Host, window: int) -> None:
+    with connect(host.url) as bridge:  # so that what is kept for good is there already
+        for _ in bridge.stream(500, 64 << 10):
+            pass
+    before = rss_bytes(host.pid)
+    with Raw.connect(host.url) as raw:
+        raw.send(hello(window=window) + stream_call(1, 10**9, 64 << 10))
+        peak = 0
+        for _ in range(20):
+            time.sleep(0.02)
+            peak = max(peak, rss_bytes(host.pid))
+        host.check("during")
+    assert peak - before < window + 8 * MIB
+
+
+assert ITEM_KIND  # part of the vocabulary, used by `item`
