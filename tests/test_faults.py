@@ -1,7 +1,7 @@
 """Peers that lie, die, stop or squat, on either end: what must happen then, and to whom.
 
-The cases are rows of docs/conformance: 5 to 7, 14 to 23, 25, 30, and the memory of 4 and 10. Most
-of them share one server for each transport and language, which outlives them all; a control client
+The cases are these rows of the conformance table: 5 to 7, 14 to 23, 25, 30, and the memory of 4 and
+10. Most share one server for each transport and language, which outlives them all; a control client
 is connected to it throughout.
 """
 
@@ -19,11 +19,12 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+
 from faults_support import (
     CALL_KIND,
     CANCEL_KIND,
@@ -32,7 +33,6 @@ from faults_support import (
     EXIT_STATUS,
     GOODBYE_KIND,
     HELLO_KIND,
-    ITEM_KIND,
     LANGUAGES,
     MIB,
     NOBODY,
@@ -68,8 +68,8 @@ from faults_support import (
     threads,
     until,
 )
-
 from ipc_bridge import Bridge, CallError, Error, Status, connect, transport
+from ipc_bridge.service import Pattern
 
 DATA_LOSS = EXIT_STATUS + Status.DATA_LOSS
 DEADLINE_EXCEEDED = EXIT_STATUS + Status.DEADLINE_EXCEEDED
@@ -110,7 +110,7 @@ class Host(NamedTuple):
     def check(self, when: str) -> None:
         """The control client gets the right answer."""
         payload = f"{when}-{time.monotonic_ns()}".encode()
-        assert self.control.echo(payload, timeout=2.0) == payload
+        assert bytes(self.control.echo(payload, timeout=2.0)) == payload
 
 
 HOSTS = [(scheme, language) for scheme in TRANSPORTS for language in LANGUAGES]
@@ -207,17 +207,12 @@ def test_a_client_that_breaks_the_rules_is_refused(host: Host, name: str) -> Non
 @of_servers
 @pytest.mark.parametrize("name", ["magic", "kind-8", "call-of-4-GiB", "call-while-running"])
 def test_a_stdio_server_refuses_and_leaves(server: str, name: str) -> None:
+    before = children(os.getpid())
     with Raw.connect(stdio_url(server)) as raw:
-        (child,) = children(os.getpid()) & {pid for pid in children(os.getpid()) if pid > 1} - {
-            pid for pid in children(os.getpid()) if "stdio:" not in cmdline(pid)
-        }
+        (child,) = children(os.getpid()) - before
         raw.send(HOSTILE[name])
         assert is_refusal(raw)
         assert until(lambda: state(child) in "ZX", SEEN_S)
-
-
-def cmdline(pid: int) -> str:
-    return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
 
 
 FIELDS = {  # first bit and count of bits
@@ -244,7 +239,14 @@ def test_any_bit_of_a_call_flipped(host: Host, field: str) -> None:
         with Raw.connect(host.url) as raw:
             raw.send(hello() + flipped(call(1, b"four"), bit))
             if bit < 26:  # another size, a legal one: the server waits for the rest
-                (_,) = raw.frames(2, seconds=0.002)
+                (_,) = raw.frames(1)
+                answers = raw.frames(1, seconds=0.002)
+                assert not raw.ended
+                if bit == 2:  # to 0: the call is whole, and "four" the start of the next
+                    answers = answers or raw.frames(1)
+                    assert [answer.payload for answer in answers] == [b""]
+                else:
+                    assert answers == []
             elif field in ("size", "kind", "call-id") or 40 < bit < 48:
                 assert is_refusal(raw), f"bit {bit}"
             else:
@@ -322,7 +324,8 @@ class Script(NamedTuple):
     timeout: str = "5"
 
 
-ITEMS = item(1, 0, b"????????") + item(1, 1, b"????????")
+RIGHT_ITEMS = b"".join(item(1, index, bytes(Pattern(8).item(index))) for index in (0, 1))
+WRONG_ITEMS = item(1, 0, b"????????") + item(1, 1, b"????????")
 SCRIPTS = {
     "garbage": Script(INTERNAL, random.Random(8).randbytes(256)),
     "http": Script(INTERNAL, b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n"),
@@ -352,16 +355,12 @@ SCRIPTS = {
     "wrong-reply": Script(DATA_LOSS, hello(), end(1, 0, b"jello")),
     "item-of-a-later-call": Script(INTERNAL, hello(), item(2, 0, b""), command="stream"),
     "item-out-of-order": Script(INTERNAL, hello(), item(1, 1, b""), command="stream"),
-    "item-without-credit": Script(INTERNAL, hello(), item(1, 0, b"") * 1, command="overrun"),
-    "items-without-credit": Script(
-        INTERNAL, hello(), item(1, 0, bytes(8)) + item(1, 1, bytes(8)), command="overrun"
-    ),
+    "items-without-credit": Script(INTERNAL, hello(), RIGHT_ITEMS, command="overrun"),
     "stream-end-with-payload": Script(INTERNAL, hello(), end(1, 0, b"x"), command="stream"),
-    "stream-cut-short": Script(UNAVAILABLE, hello(), b"", hangs_up=True, command="stream"),
-    "wrong-items": Script(DATA_LOSS, hello(), ITEMS, command="stream"),
-    "too-few-items": Script(DATA_LOSS, hello(), end(1), command="stream"),
+    "stream-cut-short": Script(UNAVAILABLE, hello(), RIGHT_ITEMS, hangs_up=True, command="stream"),
+    "wrong-items": Script(DATA_LOSS, hello(), WRONG_ITEMS, command="stream"),
+    "too-few-items": Script(DATA_LOSS, hello(), RIGHT_ITEMS + end(1), command="stream"),
 }
-del SCRIPTS["item-without-credit"]  # one item is within any window
 EVERYWHERE = (
     "garbage",
     "no-hello",
@@ -452,7 +451,8 @@ def test_the_server_is_killed(
         if pace == "in-mid-call":
             assert until(lambda: sleeps(process.pid))
         else:
-            assert until(lambda: cpu_s(process.pid) > 0.2 and cpu_s(pid) > 0.2)
+            used = cpu_s(pid)
+            assert until(lambda: cpu_s(pid) > used + 0.03)  # far more than filling a window takes
         assert process.poll() is None
         os.kill(pid, signal.SIGKILL)
         began = time.monotonic()
@@ -469,7 +469,7 @@ def test_the_server_is_killed_under_a_client_object(
     with served(address(scheme, tmp_path), server) as first:
         url = first.url
         bridge = connect(url)
-        assert bridge.echo(b"first") == b"first"
+        assert bytes(bridge.echo(b"first")) == b"first"
         kill(first.process)
     with bridge, served(url, server) as second:
         assert second.url == url
@@ -477,7 +477,7 @@ def test_the_server_is_killed_under_a_client_object(
             bridge.echo(b"old", timeout=2.0)
         assert caught.value.status == Status.UNAVAILABLE
         with connect(url, timeout=1.0) as fresh:
-            assert fresh.echo(b"new", timeout=1.0) == b"new"
+            assert bytes(fresh.echo(b"new", timeout=1.0)) == b"new"
 
 
 @over_transports
@@ -488,13 +488,13 @@ def test_the_server_is_restarted_under_a_client_object(
     with served(address(scheme, place), server) as first:
         url = first.url
         bridge = connect(url)
-        assert bridge.echo(b"first") == b"first"
+        assert bytes(bridge.echo(b"first")) == b"first"
     with bridge, served(url, server):
         with pytest.raises(CallError) as caught:
             bridge.echo(b"old", timeout=2.0)
         assert caught.value.status == Status.UNAVAILABLE
         with connect(url, timeout=1.0) as fresh:
-            assert fresh.echo(b"new", timeout=1.0) == b"new"
+            assert bytes(fresh.echo(b"new", timeout=1.0)) == b"new"
 
 
 # --- rows 15 and 16: the client dies (the fixture sees that its fds and threads come back) ---
@@ -545,8 +545,8 @@ def test_a_stdio_server_goes_with_its_client(caller: str, server: str) -> None:
         assert until(lambda: state(child) in "ZX", SEEN_S)
 
 
-CRASHES = [("write", number) for number in range(1, 6)] + [("file", number) for number in (1, 2, 3)]
-CRASH_CALLS = {
+CRASHES = [("write", number) for number in range(1, 4)] + [("file", number) for number in (1, 2)]
+CRASH_CALLS = {  # with ? for what this machine does not have
     "write": "?sendto,?sendmsg,?writev,?write",
     "file": "?mknod,?mknodat,?unlink,?unlinkat",
 }
@@ -561,7 +561,7 @@ def test_the_client_is_killed_at_each_step(host: Host, caller: str, step: str, n
     if strace is None:
         pytest.skip("strace is missing")
     inject = f"inject={CRASH_CALLS[step]}:signal=KILL:when={number}"
-    options = ["-f", "-qq", "-o", "/dev/null", "-e", "trace=none", "-e", inject]
+    options = ["-f", "-qq", "-o", "/dev/null", "-e", f"trace={CRASH_CALLS[step]}", "-e", inject]
     words = ["echo", host.url, "--payload", "hello", "--count", "2"]
     done = subprocess.run(
         [strace, *options, *peer(caller), *words], capture_output=True, text=True, timeout=20
@@ -571,7 +571,7 @@ def test_the_client_is_killed_at_each_step(host: Host, caller: str, step: str, n
     killed = done.returncode in (-signal.SIGKILL, 128 + signal.SIGKILL)
     assert killed or (number > 2 and done.returncode == 0), done.stderr
     with connect(host.url, timeout=1.0) as fresh:
-        assert fresh.echo(b"fresh", timeout=1.0) == b"fresh"
+        assert bytes(fresh.echo(b"fresh", timeout=1.0)) == b"fresh"
 
 
 # --- row 17: somebody stops ---
@@ -586,7 +586,9 @@ def test_a_deadline_holds_against_a_stopped_server(host: Host) -> None:
             took = time.monotonic() - began
         assert caught.value.status == Status.DEADLINE_EXCEEDED
         assert 0.4 <= took < 0.5
-        assert bridge.echo(b"next", timeout=2.0) == b"next"  # not the answer to the call before
+        assert (
+            bytes(bridge.echo(b"next", timeout=2.0)) == b"next"
+        )  # not the answer to the call before
 
 
 @of_clients
@@ -614,7 +616,7 @@ def test_a_server_that_stops_in_mid_stream(host: Host, caller: str) -> None:
 @of_clients
 def test_a_stopped_client_disturbs_nobody(host: Host, caller: str) -> None:
     used = cpu_s(host.pid)
-    words = ("--count", "400000", "--size", "1024")
+    words = ("--count", "200000", "--size", "1024")
     with client(caller, "stream", host.url, *words) as process:
         assert until(lambda: cpu_s(host.pid) > used + 0.02)
         with stopped(process.pid):
@@ -650,7 +652,7 @@ def test_stale_things_are_reclaimed(
     left = {path.name for path in tmp_path.rglob("*")}
     assert left >= ({"p", "lock", "listen"} if scheme == "pipe" else {"u", "u.lock"})
     with served(url, successor), connect(url, timeout=1.0) as bridge:
-        assert bridge.echo(b"second", timeout=1.0) == b"second"
+        assert bytes(bridge.echo(b"second", timeout=1.0)) == b"second"
     # The directory of a pipe belongs to who made it, and he is dead.
     assert [path.name for path in tmp_path.rglob("*") if not path.is_dir()] == []
 
@@ -665,7 +667,7 @@ def test_a_second_server_is_told_so(host: Host, second: str) -> None:
     assert run_client(second, "serve", host.url) == EXISTS
     assert time.monotonic() - began < SEEN_S
     with connect(host.url, timeout=1.0) as fresh:
-        assert fresh.echo(b"first", timeout=1.0) == b"first"
+        assert bytes(fresh.echo(b"first", timeout=1.0)) == b"first"
     assert before == (sorted(os.listdir(place_of(host))) if host.scheme != "tcp" else [])
 
 
@@ -771,8 +773,8 @@ def test_another_user_is_refused(scheme: str, caller: str, server: str, public_p
     """(tcp cannot tell who comes: a socket of the loopback device has no owner.)"""
     with served(address(scheme, public_place), server) as up, connect(up.url) as control:
         words = ("echo", up.url, "--payload", "hello", "--timeout", "0.4")
-        assert run_client(caller, *words, uid=NOBODY) == REFUSED
-        assert control.echo(b"hello", timeout=1.0) == b"hello"
+        assert run_client(caller, *words, nobody=True) == REFUSED
+        assert bytes(control.echo(b"hello", timeout=1.0)) == b"hello"
 
 
 @needs_root
@@ -785,8 +787,8 @@ def test_another_user_is_refused_at_an_open_door(
     with served(address("unix", public_place), server) as up, connect(up.url) as control:
         os.chmod(public_place / "u", 0o666)
         words = ("echo", up.url, "--payload", "hello", "--timeout", "0.4")
-        assert run_client(caller, *words, uid=NOBODY) in (REFUSED, UNAVAILABLE)
-        assert control.echo(b"hello", timeout=1.0) == b"hello"
+        assert run_client(caller, *words, nobody=True) in (REFUSED, UNAVAILABLE)
+        assert bytes(control.echo(b"hello", timeout=1.0)) == b"hello"
 
 
 @needs_root
@@ -796,7 +798,7 @@ def test_another_user_is_refused_at_an_open_door(
 def test_a_client_does_not_talk_to_another_users_server(
     scheme: str, caller: str, server: str, public_place: Path
 ) -> None:
-    with served(address(scheme, public_place), server, uid=NOBODY) as up:
+    with served(address(scheme, public_place), server, nobody=True) as up:
         assert run_client(caller, "echo", up.url, "--payload", "secret") == REFUSED
 
 
@@ -839,12 +841,12 @@ def limit_fds(pid: int, spare: int) -> tuple[int, int]:
     return before
 
 
-@pytest.mark.parametrize("spare", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("spare", [1, 2, 3, 5])
 @of_servers
 @over_transports
 def test_a_server_out_of_descriptors(scheme: str, server: str, spare: int, place: Path) -> None:
     """Whoever comes then waits; the server sleeps, and takes clients again once it can."""
-    if scheme != "pipe" and spare not in (1, 3):
+    if scheme != "pipe" and spare != 3:
         pytest.skip("only on pipe does a client cost several descriptors")
     with served(address(scheme, place), server) as up:
         with connect(up.url) as warm:
@@ -853,10 +855,8 @@ def test_a_server_out_of_descriptors(scheme: str, server: str, spare: int, place
         before = limit_fds(up.pid, spare)
         with ExitStack() as open_still:
             for _ in range(spare + 3):
-                try:
+                with suppress(Error):
                     open_still.enter_context(Raw.connect(up.url, 0.1))
-                except Error as error:
-                    assert error.status in (Status.UNAVAILABLE, Status.RESOURCE_EXHAUSTED)
             used = cpu_s(up.pid)
             time.sleep(0.5)  # the time in which it must not spin
             assert up.process.poll() is None, "the server has died"
@@ -864,7 +864,7 @@ def test_a_server_out_of_descriptors(scheme: str, server: str, spare: int, place
         if spare < 3:  # not enough for even one client of pipe
             resource.prlimit(up.pid, resource.RLIMIT_NOFILE, before)
         with connect(up.url, timeout=2.0) as bridge:
-            assert bridge.echo(b"again", timeout=1.0) == b"again"
+            assert bytes(bridge.echo(b"again", timeout=1.0)) == b"again"
 
 
 @of_servers
@@ -875,7 +875,7 @@ def test_a_crowd_that_never_says_hello(scheme: str, server: str, place: Path) ->
             crowd.enter_context(Raw.connect(up.url))
         began = time.monotonic()
         with connect(up.url, timeout=1.0) as bridge:
-            assert bridge.echo(b"hello", timeout=1.0) == b"hello"
+            assert bytes(bridge.echo(b"hello", timeout=1.0)) == b"hello"
         assert time.monotonic() - began < 1.0
 
 
@@ -917,7 +917,7 @@ def test_who_idles_costs_nothing(server: str, wait: str, tmp_path: Path) -> None
             up = start_server(f"{address(scheme, tmp_path)}?wait={wait}", server)
             running.callback(kill, up.process)
             bridge = running.enter_context(connect(up.url))
-            assert bridge.echo(b"warm") == b"warm"
+            assert bytes(bridge.echo(b"warm")) == b"warm"
             pids.append(up.pid)
         time.sleep(0.1)
         before = [cpu_s(pid) for pid in pids]
@@ -940,6 +940,3 @@ def test_a_reader_that_stops_costs_its_window_at_most(host: Host, window: int) -
             peak = max(peak, rss_bytes(host.pid))
         host.check("during")
     assert peak - before < window + 8 * MIB
-
-
-assert ITEM_KIND  # part of the vocabulary, used by `item`

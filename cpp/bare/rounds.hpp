@@ -3,7 +3,10 @@
 // the timed span, and two fillings take turns, so that an old reply never passes for a new one.
 #pragma once
 
+#include <fcntl.h>
+
 #include <algorithm>
+#include <cerrno>
 #include <charconv>
 #include <chrono>
 #include <cstring>
@@ -16,20 +19,21 @@
 namespace rounds {
 
 struct Words {
-    std::string verb, address, wait, samples;  // samples: a file for raw nanoseconds, or ""
-    std::size_t size, count;                   // bytes a message; round trips
-    char** command;                            // of stdio_pipe: what starts its peer
+    std::string verb, address, samples;  // samples: a file for raw nanoseconds, or ""
+    std::size_t size, count;             // bytes a message; rounds
+    int wait;                            // O_NONBLOCK: spin; 0: block, asleep in the kernel
+    char** command;                      // what starts stdio_pipe's peer
 };
 
 inline std::string usage;  // run sets it
 
-[[noreturn]] inline void leave(const std::string& text, int status) {
+[[noreturn]] inline void leave(int status, const std::string& text) {
     std::cerr << text << std::endl;
     std::exit(status);
 }
 
 [[noreturn]] inline void fail(const std::string& call, const std::string& reason) {
-    leave("error: " + call + ": " + reason, 1);
+    leave(1, "error: " + call + ": " + reason);
 }
 
 auto checked(auto result, const char* call) {
@@ -45,41 +49,51 @@ inline void say(const std::string& line) {
 
 inline std::size_t number(const std::string& word, std::size_t least, std::size_t most) {
     std::size_t value = most + 1;  // and stays so where there is no number
-    const auto end = std::from_chars(word.data(), word.data() + word.size(), value).ptr;
-    if (end != word.data() + word.size() || value < least || value > most)
-        leave(usage, 2);
+    const char* const end = word.data() + word.size();
+    if (std::from_chars(word.data(), end, value).ptr != end || value < least || value > most)
+        leave(2, usage);
     return value;
 }
 
-// The words of serve and ping. `has_address` is false for stdio_pipe, whose ping ends in -- COMMAND.
+// The words, with an address also where the mechanism has none; there ping ends in -- COMMAND.
 inline Words parse(int argc, char** argv, bool has_address) {
     char** const dashes = std::find(argv + 1, argv + argc, std::string("--"));
-    std::vector<std::string> given(argv + 1, dashes);
-    given.insert(given.begin() + !given.empty(), has_address ? 0 : 1, "none");
-    const bool ping = given.size() >= 5 && given.size() <= 6 && given[0] == "ping";
-    const bool serve = given.size() == 4 && given[0] == "serve";
-    const bool starts_peer = argv + argc - dashes >= 2;
-    given.resize(6);
-    const bool waits = given[3] == "block" || given[3] == "spin";
-    if (!(serve || ping) || !waits || given[1].empty() || starts_peer != (ping && !has_address))
-        leave(usage, 2);
-    const std::size_t size = number(given[2], 1, 1 << 27);  // 128 MiB
-    const std::size_t count = ping ? number(given[4], 1, 1 << 27) : 0;  // 1 GiB of samples
-    return {given[0], given[1], given[3], given[5], size, count, dashes + 1};
+    std::vector<std::string> words(argv + 1, dashes);
+    if (!has_address && !words.empty())
+        words.insert(words.begin() + 1, "none");
+    const bool ping = (words.size() == 5 || words.size() == 6) && words[0] == "ping";
+    const bool serve = words.size() == 4 && words[0] == "serve";
+    const bool has_command = argv + argc - dashes > 1;
+    words.resize(6);
+    const bool spin = words[3] == "spin";
+    if ((!ping && !serve) || (!spin && words[3] != "block") || words[1].empty())
+        leave(2, usage);
+    if (has_command != (ping && !has_address))
+        leave(2, usage);
+    const std::size_t size = number(words[2], 1, 1 << 27);              // 128 MiB
+    const std::size_t count = ping ? number(words[4], 1, 1 << 27) : 0;  // 1 GiB of samples
+    return {words[0], words[1], words[5], size, count, spin ? O_NONBLOCK : 0, dashes + 1};
 }
 
-inline void report(const Words& words, std::vector<std::int64_t>& ns) {
-    std::ofstream samples(words.samples.empty() ? "/dev/null" : words.samples, std::ios::binary);
-    const auto bytes = static_cast<std::streamsize>(ns.size() * sizeof ns[0]);
-    if (!samples.write(reinterpret_cast<const char*>(ns.data()), bytes).flush())
-        fail("write samples", std::strerror(errno));
-    std::ranges::sort(ns);
-    say("p50_ns=" + std::to_string(ns[ns.size() / 2]) + " p99_ns=" +
-        std::to_string(ns[ns.size() * 99 / 100]) + " rounds=" + std::to_string(ns.size()));
+// Calls move(rest) until the whole message is through: one call may move only a part of it.
+// False is an end of file before the message; in its middle it is an error.
+bool move_all(const char* call, auto message, auto move) {
+    std::size_t done = 0;
+    while (done < message.size()) {
+        const ssize_t count = move(message.subspan(done));
+        if (count < 0 && errno == EAGAIN)
+            continue;  // spin: not yet
+        if (count == 0 && done == 0)
+            return false;
+        if (count == 0)
+            fail(call, "end of file in the middle of a message");
+        done += static_cast<std::size_t>(checked(count, call));
+    }
+    return true;
 }
 
-// Times round_trip(message, reply), which sends the one and receives the other, or returns false
-// at end of file. A tenth of the rounds comes first, to warm up.
+// Times round_trip(message, reply), which sends the one and receives the other and is false at end
+// of file, and prints the percentiles. A tenth more rounds come first, to warm up.
 void measure(const Words& words, auto round_trip) {
     std::vector<std::byte> message(words.size), reply(words.size);
     std::vector<std::int64_t> ns(words.count);
@@ -89,22 +103,30 @@ void measure(const Words& words, auto round_trip) {
         const auto start = std::chrono::steady_clock::now();
         const bool whole = round_trip(std::span<const std::byte>(message), std::span(reply));
         const std::chrono::nanoseconds took = std::chrono::steady_clock::now() - start;
-        if (!whole)
-            fail("echo", "end of file");
-        if (reply != message)
-            fail("echo", "other bytes came back");
+        if (!whole || reply != message)
+            fail("echo", whole ? "other bytes came back" : "end of file");
         if (round >= warm_up)
             ns[round - warm_up] = took.count();
     }
-    report(words, ns);
+    if (!words.samples.empty()) {
+        std::ofstream file(words.samples, std::ios::binary);
+        const auto bytes = static_cast<std::streamsize>(ns.size() * sizeof ns[0]);
+        if (!file.write(reinterpret_cast<const char*>(ns.data()), bytes).flush())
+            fail("write samples", std::strerror(errno));
+    }
+    std::ranges::sort(ns);
+    say("p50_ns=" + std::to_string(ns[words.count / 2]) + " p99_ns=" +
+        std::to_string(ns[words.count * 99 / 100]) + " rounds=" + std::to_string(words.count));
 }
 
-using Part = void (*)(const Words&);
-inline int run(int argc, char** argv, const std::string& address, Part serve, Part ping) {
-    const std::string stem = program_invocation_short_name, named = address + " SIZE block|spin";
-    usage = "usage: " + stem + " serve" + ...;
+// Does what the words ask for. `address` is its name in the usage text; "": it has none.
+inline int run(int argc, char** argv, const std::string& address, auto serve, auto ping) {
+    const std::string stem = program_invocation_short_name;
+    const std::string figures = (address.empty() ? "" : " " + address) + " SIZE block|spin";
+    usage = "usage: " + stem + " serve" + figures + "\n       " + stem + " ping" + figures +
+            " ROUNDS [SAMPLES]" + (address.empty() ? " -- COMMAND..." : "");
     const Words words = parse(argc, argv, !address.empty());
-    (words.verb == "serve" ? serve : ping)(words);
+    words.verb == "serve" ? serve(words) : ping(words);
     return 0;
 }
 

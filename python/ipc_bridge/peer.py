@@ -31,9 +31,10 @@ EXIT_INTERRUPTED = 130  # as a shell reports SIGINT
 COUNT_MAX = 10**18 - 1
 CLIENTS_MAX = 65_536  # of a server
 BENCH_CLIENTS_MAX = 1024  # each costs a thread, and its buffers
+DURATION_S_MIN = 0.001
 DURATION_S_MAX = 3600.0  # bounds the samples, which stay in memory until the end
 METHOD_MAX = (1 << 16) - 1
-NUMBER_MAX = 1e9  # more than the digits of NUMBER can say
+NUMBER_MAX = 1e9  # above what the digits of NUMBER can say
 UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 SIZE = re.compile(r"([0-9]{1,18})(|KiB|MiB|GiB)")
 COUNT = re.compile(r"[0-9]{1,18}")
@@ -248,11 +249,10 @@ class Arguments:
         """A decimal number, without sign and exponent."""
         if default is not None and not self.has(name):
             return default
-        text, value = self.text(name), 0.0
-        if NUMBER.fullmatch(text):
-            value = float(text)
-        else:
+        text = self.text(name)
+        if not NUMBER.fullmatch(text):
             raise CommandLineError(f"'{text}' is not a decimal number", name)
+        value = float(text)
         if not low <= value <= high:
             raise CommandLineError(f"'{text}' is not within {low:g} to {high:g}", name)
         return value
@@ -261,13 +261,18 @@ class Arguments:
         """--timeout; None: not given."""
         return self.number("--timeout", 0, NUMBER_MAX) if self.has("--timeout") else None
 
+    def payload_is_text(self) -> bool:
+        """Does --payload stand on the command line itself?"""
+        text = self.text("--payload")
+        return text != "-" and not text.startswith("@")
+
     def payload(self) -> bytes:
         """--payload: the text itself, what a file holds, or what comes on stdin."""
         text = self.text("--payload")
+        if self.payload_is_text():
+            return os.fsencode(text)
         if text == "-":
             return read_all(0, "stdin")
-        if not text.startswith("@"):
-            return os.fsencode(text)
         path = text[1:]
         with checked("open", path):
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -323,10 +328,10 @@ def run_serve(arguments: Arguments) -> int:
 
 def run_echo(arguments: Arguments) -> int:
     """Echo one payload, once or often."""
-    payload = arguments.payload()
+    is_text = arguments.payload_is_text()
     count = arguments.count("--count", 1, COUNT_MAX, 1)
     timeout = arguments.timeout()
-    is_text = not arguments.text("--payload").startswith("@") and arguments.text("--payload") != "-"
+    payload = arguments.payload()
     with arguments.connect() as bridge:
         began_ns = now_ns()
         for _ in range(count):
@@ -380,15 +385,11 @@ def run_stream(arguments: Arguments) -> int:
 def run_bench(arguments: Arguments) -> int:
     """Measure; the result is one JSON object, indented unless --json asks for a single line."""
     plan = make_plan(arguments)
-    samples_fd = -1
-    if arguments.has("--samples"):
-        path = arguments.text("--samples")
-        with checked("open", path):  # a bad path shows before the measurement
-            samples_fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    samples_path = arguments.text("--samples") if arguments.has("--samples") else os.devnull
+    samples_fd = create(samples_path)  # a bad path shows before the measurement
     result = load.run(plan)
-    if samples_fd >= 0:
-        write_all(samples_fd, result.samples(), path)
-        os.close(samples_fd)
+    write_all(samples_fd, result.samples(), samples_path)
+    os.close(samples_fd)
     figures = result.report(LANGUAGE, ipc_bridge.__version__)
     print_result(arguments, figures, json.dumps(figures, indent=2).encode() + b"\n")
     error = result.error()
@@ -401,26 +402,28 @@ def make_plan(arguments: Arguments) -> load.Plan:
     if op not in ("echo", "stream"):
         raise CommandLineError(f"'{op}' is neither echo nor stream", "--op")
     method = arguments.count("--method", 1, METHOD_MAX, 0)
+    has_payload = arguments.has("--payload")
+    if has_payload and method == 0:
+        raise CommandLineError("this option goes with --method", "--payload")
     rate_hz = arguments.number("--rate", 0, NUMBER_MAX, 0.0)
     stamped = op == "stream" and rate_hz > 0
-    if method == 0 and arguments.has("--payload"):
-        raise CommandLineError("this option goes with --method", "--payload")
-    if method and stamped:
-        raise CommandLineError("a method's stream has a pace of its own", "--rate")
-    payload = arguments.payload() if arguments.has("--payload") else None
-    size_low = STAMP.size if stamped else 0
+    if stamped and method:
+        raise CommandLineError("a method's stream has its own pace", "--rate")
+    size_min = STAMP.size if stamped else 0
+    # A payload of one's own has its own size; the option may still be there, and is not looked at.
+    size_bytes = (
+        0 if has_payload else arguments.size("--size", size_min, arguments.payload_bytes_max)
+    )
     return load.Plan(
         url=arguments.url,
         op=op,
-        size_bytes=len(payload)
-        if payload is not None
-        else arguments.size("--size", size_low, arguments.payload_bytes_max),
-        duration_s=arguments.number("--duration", 0.001, DURATION_S_MAX),
+        size_bytes=size_bytes,
+        duration_s=arguments.number("--duration", DURATION_S_MIN, DURATION_S_MAX),
         warmup_s=arguments.number("--warmup", 0, DURATION_S_MAX, 0.0),
         rate_hz=rate_hz,
         clients=arguments.count("--clients", 1, BENCH_CLIENTS_MAX, 1),
         method=method,
-        payload=payload,
+        payload=arguments.payload() if has_payload else None,
         window_bytes=arguments.window_bytes,
         payload_bytes_max=arguments.payload_bytes_max,
     )
@@ -502,12 +505,16 @@ def ready_file(arguments: Arguments, url: str) -> Iterator[None]:
         return
     path = arguments.text("--ready-file")
     temporary = f"{path}.{os.getpid()}"
-    with checked("open", path):
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-    write_all(fd, f"{url}\n".encode(), path)
-    os.close(fd)
-    with checked("rename", path):
-        os.rename(temporary, path)
+    try:
+        fd = create(temporary)
+        write_all(fd, f"{url}\n".encode(), temporary)
+        os.close(fd)
+        with checked("rename", path):
+            os.rename(temporary, path)
+    except Error:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
     try:
         yield
     finally:
@@ -558,6 +565,13 @@ def write_all(fd: int, data: Any, where: str) -> None:
     with checked("write", where):
         while rest:
             rest = rest[os.write(fd, rest) :]
+
+
+def create(path: str) -> int:
+    """A descriptor of a new, empty file."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+    with checked("open", path):
+        return os.open(path, flags, 0o666)
 
 
 def write_out(data: bytes) -> None:

@@ -35,10 +35,12 @@
 #include <deque>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <span>
 #include <string>
 #include <string_view>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -55,8 +57,10 @@ inline constexpr std::size_t line_bytes_max = 17;
 inline constexpr int open_flags = O_NONBLOCK | O_CLOEXEC | O_NOFOLLOW;
 // First and longest pause between attempts to reach a server.
 inline constexpr std::int64_t connect_retry_ns[] = {1'000'000, 50'000'000};
-// For a child to leave by itself at its end-of-file, then at SIGTERM.
-inline constexpr std::int64_t child_exit_ns = 2'000'000'000;
+// For a child to leave by itself at its end-of-file, before it gets SIGTERM.
+inline constexpr std::int64_t child_leaves_ns = 100'000'000;
+// Then, for its calls to end, before it gets SIGKILL.
+inline constexpr std::int64_t child_ends_ns = 2'000'000'000;
 
 inline bool is_name(std::string_view text) {
     return text.size() == 16 &&
@@ -330,13 +334,14 @@ class PipeListener : public Listener {
         try {
             Fd read_fd = pipe_detail::open_fifo(c2s, O_RDONLY);
             Fd write_fd = pipe_detail::open_fifo(s2c, O_WRONLY);
-            ::unlink(c2s.c_str());
-            ::unlink(s2c.c_str());
-            return std::make_unique<PipeStream>(
+            auto stream = std::make_unique<PipeStream>(
                 std::move(read_fd), std::move(write_fd), wait_, [] {}, true
             );
-        } catch (const SystemError& error) {
-            if (is_exhausted(error.error_number)) {  // keep the client waiting, and do not spin
+            ::unlink(c2s.c_str());
+            ::unlink(s2c.c_str());
+            return stream;
+        } catch (const Error& error) {
+            if (error.status == Status::RESOURCE_EXHAUSTED) {  // the client waits; do not spin
                 names_.push_front(name);
                 pollfd stop{wakeup_.fileno(), POLLIN, 0};
                 sleep_until_ready({&stop, 1}, now_ns() + retry_ns);
@@ -344,7 +349,6 @@ class PipeListener : public Listener {
                 ::unlink(c2s.c_str());
                 ::unlink(s2c.c_str());
             }
-        } catch (const Error&) {
         }
         return nullptr;
     }
@@ -580,20 +584,43 @@ class Stdio : public Transport {
         return child;
     }
 
-    // Let the child leave at its end-of-file; else end it.
+    // Let the child leave at its end-of-file; else see to its end from a thread, which this process
+    // waits for when it leaves: whoever closes has a deadline, and the child may be stopped.
     static void reap(pid_t child) {
-        for (const int signal : {SIGTERM, SIGKILL}) {
-            const std::int64_t deadline_ns = now_ns() + pipe_detail::child_exit_ns;
-            for (std::int64_t pause_ns = 500'000; now_ns() < deadline_ns;
-                 pause_ns = std::min<std::int64_t>(2 * pause_ns, 50'000'000)) {
-                if (::waitpid(child, nullptr, WNOHANG) != 0) {
-                    return;
-                }
-                sleep_ns(pause_ns);
-            }
-            ::kill(child, signal);
+        if (!has_left(child, pipe_detail::child_leaves_ns)) {
+            ::kill(child, SIGTERM);
+            const std::lock_guard lock(enders().mutex);
+            enders().threads.emplace_back(end, child);
         }
-        retrying([&] { return ::waitpid(child, nullptr, 0); });
+    }
+
+    static void end(pid_t child) {
+        if (!has_left(child, pipe_detail::child_ends_ns)) {
+            ::kill(child, SIGKILL);
+            retrying([&] { return ::waitpid(child, nullptr, 0); });
+        }
+    }
+
+    // Wait for the child's end, at most `patience_ns`, and take its status.
+    static bool has_left(pid_t child, std::int64_t patience_ns) {
+        const std::int64_t deadline_ns = now_ns() + patience_ns;
+        for (std::int64_t pause_ns = 500'000; now_ns() < deadline_ns;
+             pause_ns = std::min<std::int64_t>(2 * pause_ns, 50'000'000)) {
+            if (::waitpid(child, nullptr, WNOHANG) != 0) {
+                return true;
+            }
+            sleep_ns(pause_ns);
+        }
+        return false;
+    }
+
+    struct Enders {
+        std::mutex mutex;
+        std::vector<std::jthread> threads;  // joined when the process leaves
+    };
+    static Enders& enders() {
+        static Enders all;
+        return all;
     }
 
     std::vector<std::string> words_;

@@ -73,23 +73,55 @@ def private_directory() -> Iterator[str]:
         yield directory
 
 
+class Interrupts:
+    """Ctrl-C and its like, as KeyboardInterrupt; held back while a process is being started, which
+    would run on else, as nobody would know its id."""
+
+    def __init__(self) -> None:
+        self._held = self._came = False
+
+    def catch(self, number: int, at: object) -> None:
+        """The handler of a signal."""
+        self._came = True
+        if not self._held:
+            raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[None]:
+        """What came in the meantime is raised at the end."""
+        self._held, self._came = True, False
+        try:
+            yield
+        finally:
+            self._held = False
+        if self._came:
+            raise KeyboardInterrupt
+
+
+INTERRUPTS = Interrupts()
+STARTED: list[subprocess.Popen[str]] = []  # and not yet ended
+
+
 def start(words: Sequence[str], core: int | None, stderr: IO[str] | int) -> subprocess.Popen[str]:
     """Start a program, on one core if asked to: it inherits that from us, who return at once."""
     cores = os.sched_getaffinity(0)
-    try:
-        if core is not None:
-            os.sched_setaffinity(0, {core})
-        return subprocess.Popen(
-            words,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            text=True,
-            errors="replace",
-            process_group=0,
-        )
-    finally:
-        os.sched_setaffinity(0, cores)
+    with INTERRUPTS.hold():
+        try:
+            if core is not None:
+                os.sched_setaffinity(0, {core})
+            process = subprocess.Popen(
+                words,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+                errors="replace",
+                process_group=0,
+            )
+            STARTED.append(process)
+        finally:
+            os.sched_setaffinity(0, cores)
+    return process
 
 
 def end(process: subprocess.Popen[str]) -> int:
@@ -104,6 +136,8 @@ def end(process: subprocess.Popen[str]) -> int:
         code = process.wait()
         if process.stdout:
             process.stdout.close()
+        if process in STARTED:
+            STARTED.remove(process)
     return code
 
 
@@ -187,9 +221,9 @@ class Parser(argparse.ArgumentParser):
 
 def main(program: Callable[[Sequence[str]], int]) -> int:
     """Run a program of the harness; whatever stops it, what it started ends as well."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) == signal.SIG_DFL:  # else nohup has a wish
-            signal.signal(number, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # else nohup, or a shell's &, has a wish
+            signal.signal(number, INTERRUPTS.catch)
     try:
         return program(sys.argv[1:])
     except KeyboardInterrupt:
@@ -197,3 +231,6 @@ def main(program: Callable[[Sequence[str]], int]) -> int:
         return EXIT_INTERRUPTED
     except Error as error:
         return report_error(error)
+    finally:
+        for process in STARTED[:]:  # those whose `with` had not begun when the interrupt came
+            end(process)

@@ -23,13 +23,13 @@ import secrets
 import select
 import stat
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Sequence
 
 from ipc_bridge.errors import Error, Status
 from ipc_bridge.system import (
     END,
-    EXHAUSTED,
     NEVER,
     RETRY_NS,
     WOULD_BLOCK,
@@ -54,7 +54,8 @@ NAME = re.compile(r"[0-9a-f]{16}")
 PAIR = re.compile(r"[0-9a-f]{16}\.(c2s|s2c)")
 OPEN = os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW
 CONNECT_RETRY_S = (0.001, 0.05)  # first and longest pause between attempts to reach a server
-CHILD_EXIT_S = 2.0  # for a child to leave by itself at its end-of-file, then at SIGTERM
+CHILD_LEAVES_S = 0.1  # for a child to leave by itself at its end-of-file, before it gets SIGTERM
+CHILD_ENDS_S = 2.0  # then, for its calls to end, before it gets SIGKILL
 
 
 class PipeStream(Stream):
@@ -285,23 +286,25 @@ class PipeListener(Listener):
     def _open_pair(self, name: str) -> Stream | None:
         """Open a client's pair and take it off the disk; None if the client has gone."""
         c2s, s2c = f"{self._path}/{name}.c2s", f"{self._path}/{name}.s2c"
-        read_fd = -1
-        try:
-            read_fd = _open_fifo(c2s, os.O_RDONLY)
-            write_fd = _open_fifo(s2c, os.O_WRONLY)
-        except Error as error:
-            if read_fd >= 0:
-                os.close(read_fd)
-            if getattr(error, "errno", 0) in EXHAUSTED:  # keep the client waiting, and do not spin
-                self._names.insert(0, name)
-                self._pause()
-            elif error.status == Status.UNAVAILABLE:  # ENXIO: nobody reads
-                _unlink(c2s)
-                _unlink(s2c)
-            return None
+        with contextlib.ExitStack() as undo:
+            try:
+                read_fd = _open_fifo(c2s, os.O_RDONLY)
+                undo.callback(os.close, read_fd)
+                write_fd = _open_fifo(s2c, os.O_WRONLY)
+                undo.callback(os.close, write_fd)
+                stream = PipeStream(read_fd, write_fd, self._wait, lambda: None, server=True)
+            except Error as error:
+                if error.status == Status.RESOURCE_EXHAUSTED:  # the client waits; do not spin
+                    self._names.insert(0, name)
+                    self._pause()
+                elif error.status == Status.UNAVAILABLE:  # ENXIO: nobody reads
+                    _unlink(c2s)
+                    _unlink(s2c)
+                return None
+            undo.pop_all()
         _unlink(c2s)
         _unlink(s2c)
-        return PipeStream(read_fd, write_fd, self._wait, lambda: None, server=True)
+        return stream
 
     def _pause(self) -> None:
         poll = select.poll()
@@ -411,14 +414,21 @@ class StdioListener(Listener):
 
 
 def _reap(child: subprocess.Popen[bytes]) -> None:
-    """Let the child leave at its end-of-file; else end it."""
-    for end in (child.terminate, child.kill):
-        try:
-            child.wait(CHILD_EXIT_S)
-            return
-        except subprocess.TimeoutExpired:
-            end()
-    child.wait()
+    """Let the child leave at its end-of-file; else see to its end from a thread, which this process
+    waits for when it leaves: whoever closes has a deadline, and the child may be stopped."""
+    try:
+        child.wait(CHILD_LEAVES_S)
+    except subprocess.TimeoutExpired:
+        child.terminate()
+        threading.Thread(target=_end, args=(child,)).start()
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    try:
+        child.wait(CHILD_ENDS_S)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
 
 
 __all__ = ["Pipe", "PipeListener", "PipeStream", "Stdio", "StdioListener"]

@@ -1,0 +1,57 @@
+"""Fixtures: the peers of a test, for every transport and pairing, and what they may leave: nothing.
+
+A test takes `peers`; to narrow it, parametrize `transport` or `pairing` with `indirect=True`.
+"""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from support import PAIRINGS, TRANSPORTS, Peers, children, open_fds
+
+
+@pytest.fixture
+def nothing_left() -> Iterator[None]:
+    """Fails if the test leaves a descriptor or a child behind."""
+    fds, pids = open_fds(), children()
+    yield
+    assert children() == pids
+    assert open_fds() == fds
+
+
+@pytest.fixture
+def runtime(nothing_left: None) -> Iterator[Path]:
+    """A private directory for addresses, empty again afterwards; its path is short, for a socket's
+    has at most 107 bytes."""
+    path = tempfile.mkdtemp(prefix="ipcb-", dir="/tmp")
+    yield Path(path)
+    left = os.listdir(path)
+    for name in left:
+        if not os.path.isdir(f"{path}/{name}"):
+            os.unlink(f"{path}/{name}")
+    if not any(os.path.isdir(f"{path}/{name}") for name in left):
+        os.rmdir(path)
+    assert left == []
+
+
+@pytest.fixture(params=TRANSPORTS)
+def transport(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(params=PAIRINGS, ids="-".join)
+def pairing(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """The languages of client and server."""
+    client, server = request.param
+    return client, server
+
+
+@pytest.fixture
+def peers(transport: str, pairing: tuple[str, str], runtime: Path) -> Iterator[Peers]:
+    """Peers that the test starts as it wants; all must end well."""
+    peers = Peers(transport, pairing, runtime)
+    yield peers
+    peers.close()

@@ -1,0 +1,298 @@
+"""Conformance: what a client sees, over every transport and in every pairing of languages.
+
+The row is that of the table of cases. Each test starts peers of its own; the fixtures check that
+nothing is left. On stdio a server has one client, so nothing there asks a second one.
+"""
+
+import contextlib
+import os
+import random
+import signal
+import time
+
+import pytest
+
+from support import EXIT_S, SANITIZED, SLOW, Peers, is_gone, memory_peak_bytes, wait_until
+
+MIB = 1 << 20
+LATE_S = 0.25 * SLOW  # what an answer may come late: 100 ms, and a busy machine with two cores
+ITEM_BYTES = 4096 + 16  # of method 16, with its header
+
+only_shared = pytest.mark.parametrize("transport", ["pipe", "unix", "tcp"], indirect=True)
+only_stdio = pytest.mark.parametrize("transport", ["stdio"], indirect=True)
+
+
+def test_any_bytes_come_back(peers: Peers) -> None:
+    """Row 1: 0 bytes, 1 byte, all 256 values."""
+    client = peers.start()
+    client.do(op="echo", size=0)
+    client.do(op="echo", size=1, seed=7)
+    client.do(op="echo", all=True)
+
+
+def test_sizes_around_every_buffer(peers: Peers) -> None:
+    """Row 2: at each limit, for a payload and for a whole frame; 10^5 is the window."""
+    window = 100_000
+    client = peers.start("--window", str(window))
+    for limit in (4096, 8192, 16384, 65536, 262144, window):
+        for size in (limit - 17, limit - 16, limit - 15, limit - 1, limit, limit + 1):
+            client.do(op="echo", size=size, seed=size)
+            assert client.do(op="stream", count=3, size=size)["items"] == 3
+
+
+def test_large_payloads(peers: Peers) -> None:
+    """Row 4: 4 and 64 MiB; one byte more is refused, and the connection lives."""
+    client = peers.start()
+    client.do(op="echo", size=4 * MIB)
+    client.do(op="echo", size=64 * MIB)
+    assert client.ask(op="echo", size=64 * MIB + 1)["status"] == "RESOURCE_EXHAUSTED"
+    client.do(op="echo", size=100)
+    if not SANITIZED:  # one buffer for the payload; nothing grows beyond it
+        assert memory_peak_bytes(peers.server_pid(client)) < 2 * 64 * MIB + 64 * MIB
+
+
+def test_the_server_takes_no_more_than_its_max_payload(peers: Peers) -> None:
+    """Row 4, by an option of the server."""
+    peers.serve("--max-payload", str(MIB))
+    client = peers.connect()
+    client.do(op="echo", size=MIB)
+    assert client.ask(op="echo", size=MIB + 1)["status"] == "RESOURCE_EXHAUSTED"
+    client.do(op="echo", size=MIB)
+
+
+def test_the_client_takes_no_more_than_its_max_payload(peers: Peers) -> None:
+    """Row 4, by an option of the client."""
+    client = peers.start("--max-payload", "65536")
+    client.do(op="echo", size=65536)
+    client.do(op="stream", count=3, size=65536)
+    assert client.ask(op="echo", size=65537)["status"] == "RESOURCE_EXHAUSTED"
+    client.do(op="echo", size=65536)
+    answer = client.ask(op="stream", count=3, size=65537)
+    assert (answer["status"], answer["items"]) == ("RESOURCE_EXHAUSTED", 0)
+    client.do(op="echo", size=65536)
+
+
+def test_streams_of_any_length(peers: Peers) -> None:
+    """Row 8: the exact count, in order, verified to the last byte."""
+    client = peers.start()
+    both_py = peers.client_language == peers.server_language == "py"
+    many = 200_000 if both_py or SANITIZED else 1_000_000  # of two Pythons, a million take too long
+    for count in (0, 1, many):
+        assert client.do(op="stream", count=count, size=64)["items"] == count
+    client.do(op="echo", size=100)
+
+
+def test_a_window_of_one_byte(peers: Peers) -> None:
+    """Row 9: each item waits for the credit of the one before."""
+    client = peers.start("--window", "1")
+    assert client.do(op="stream", count=200, size=64)["items"] == 200
+    assert client.do(op="stream", count=3, size=MIB)["items"] == 3
+
+
+def test_a_reader_that_stops_stops_the_producer(peers: Peers) -> None:
+    """Row 10. Credit is counted from the producer to the reader's hands, so that what the kernel's
+    buffers hold is part of the window, not on top of it; and as the reader stops at the first
+    item, it gives none back."""
+    window = MIB
+    client = peers.start("--window", str(window))
+    client.do(op="echo", size=1)
+    peers.check_others()
+    client.send(op="call_stream", method=16, take=2, notice=1, pause_at=1, pause_s=1.0)
+    assert client.receive() == {"at": 1}
+    time.sleep(0.5)  # no readiness: the producer has this time to overrun, if it can
+    if peers.shares_server:
+        assert 1 <= peers.second(client).number(17) * ITEM_BYTES <= window + ITEM_BYTES
+        peers.check_others()
+    answer = client.receive()
+    assert (answer.get("ok"), answer["items"]) == (True, 2)
+    assert 2 <= client.number(17) * ITEM_BYTES <= window + ITEM_BYTES
+    peers.check_freed(client)
+
+
+def test_a_slow_reader_gets_every_item(peers: Peers) -> None:
+    """Row 10: nothing is lost or doubled over a pause."""
+    client = peers.start("--window", "65536")
+    command = {"op": "stream", "count": 2000, "size": 1000}
+    assert client.do(**command, pause_at=700, pause_s=0.3)["items"] == 2000
+
+
+def test_a_stream_left_early_makes_way_for_a_large_call(peers: Peers) -> None:
+    """Row 10: 8 MiB against a producer that is still writing. Nobody waits for the other."""
+    client = peers.start()
+    for _ in range(3):
+        client.send(op="call_stream", method=16, take=1)
+        client.send(op="echo", size=8 * MIB)
+        assert client.receive()["items"] == 1
+        answer = client.receive()
+        assert answer.get("ok"), answer
+        peers.check_others()
+    peers.check_freed(client)
+
+
+@pytest.mark.parametrize("method", [13, 16], ids=["slow", "fast"])
+def test_cancel_stops_the_producer(peers: Peers, method: int) -> None:
+    """Row 11: before the first item, and midway."""
+    client = peers.start()
+    for take in (0, 1, 20):
+        assert client.do(op="call_stream", method=method, take=take)["items"] == take
+        client.do(op="echo", size=100, timeout=5.0 * SLOW)
+        peers.check_freed(client)
+
+
+def test_cancel_races_the_end(peers: Peers) -> None:
+    """Row 11: streams left at any moment, some as they end; each time the next echo is right."""
+    client = peers.start()
+    seed = random.randrange(1 << 31)
+    count = 10_000 if peers.client_language == peers.server_language == "cpp" else 1500
+    answer = client.ask(op="cancel_race", count=count, seed=seed)
+    assert answer.get("ok"), f"seed {seed}: {answer}"
+    peers.check_others()
+    peers.check_freed(client)
+
+
+def test_a_deadline_frees_a_sleeping_handler(peers: Peers) -> None:
+    """Row 12: a deadline of 0 and of 1 ms; the connection lives, and the handler ends early."""
+    client = peers.start()
+    assert client.ask(op="echo", size=10, timeout=0)["status"] == "DEADLINE_EXCEEDED"
+    client.do(op="echo", size=10)
+    answer = client.ask(op="call", method=11, seconds=30.0, timeout=0.001)
+    assert answer["status"] == "DEADLINE_EXCEEDED"
+    assert answer["elapsed_s"] < 0.001 + LATE_S
+    peers.check_others()
+    client.do(op="echo", size=10, timeout=5.0 * SLOW)
+    assert (client.number(14), client.number(18)) == (0, 1)
+
+
+def test_a_deadline_midway_in_a_stream(peers: Peers) -> None:
+    """Row 12: after some items, whether the producer is slow or fast."""
+    client = peers.start()
+    for method in (13, 16):
+        answer = client.ask(op="call_stream", method=method, timeout=0.1 * SLOW)
+        assert answer["status"] == "DEADLINE_EXCEEDED"
+        assert answer["items"] > 0
+        assert answer["elapsed_s"] < 0.1 * SLOW + LATE_S
+        client.do(op="echo", size=10, timeout=5.0 * SLOW)
+        peers.check_freed(client)
+    peers.check_others()
+
+
+def test_a_deadline_while_sending(peers: Peers) -> None:
+    """Row 12: a server that does not read. Half a request is out, so that connection is over; the
+    next one finds nothing of it."""
+    client = peers.start()
+    client.do(op="echo", size=10)
+    pid = peers.server_pid(client)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        answer = client.ask(op="echo", size=64 * MIB, timeout=0.5)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+    assert answer["status"] == "DEADLINE_EXCEEDED"
+    assert 0.5 <= answer["elapsed_s"] < 0.5 + LATE_S
+    assert client.ask(op="echo", size=10)["status"] == "UNAVAILABLE"
+    another = peers.connect()
+    another.do(op="echo", size=10, timeout=5.0 * SLOW)
+    peers.check_freed(another)
+
+
+def test_a_failed_call_leaves_the_connection(peers: Peers) -> None:
+    """Row 13: an unknown method, and handlers that throw."""
+    client = peers.start()
+    assert client.ask(op="call", method=99)["status"] == "UNIMPLEMENTED"
+    client.do(op="echo", size=10)
+    assert client.ask(op="call_stream", method=99)["status"] == "UNIMPLEMENTED"
+    client.do(op="echo", size=10)
+    answer = client.ask(op="call", method=10)
+    assert (answer["status"], answer["what"]) == ("INTERNAL", "boom")
+    client.do(op="echo", size=10)
+    answer = client.ask(op="call_stream", method=15)
+    assert (answer["status"], answer["what"], answer["items"]) == ("ABORTED", "enough", 3)
+    client.do(op="echo", size=10)
+    peers.check_others()
+    peers.check_freed(client)
+
+
+def test_a_second_call_on_a_busy_connection(peers: Peers) -> None:
+    """Row 13: refused; the first one goes on to its end."""
+    client = peers.start()
+    answer = client.do(op="busy")
+    assert (answer["status"], answer["items"]) == ("FAILED_PRECONDITION", 1000)
+    client.do(op="echo", size=10)
+
+
+@only_shared
+def test_twenty_clients_at_once(peers: Peers) -> None:
+    """Row 27, in small: each gets its own answers."""
+    peers.serve()
+    clients = [peers.connect() for _ in range(20)]
+    commands: list[dict[str, object]] = [
+        {"op": "echo", "size": 100_000},
+        {"op": "stream", "count": 500, "size": 1000},
+        {"op": "echo", "size": 10},
+    ]
+    for command in commands:
+        for seed, client in enumerate(clients):
+            client.send(**command, seed=seed)
+    for client in clients:
+        for command in commands:
+            answer = client.receive()
+            assert answer.get("ok"), (command, answer)
+
+
+def test_signals_all_the_time(peers: Peers) -> None:
+    """Row 28: SIGALRM for every thread of both peers, a thousand times a second."""
+    alarm = {"PROBE_ALARM": "1"}
+    peers.serve(environment=alarm)
+    client = peers.connect(environment=alarm)
+    client.do(op="echo", size=10)
+    client.do(op="echo", size=16 * MIB)
+    client.do(op="stream", count=20_000, size=1000)
+    client.do(op="stream", count=50, size=100, rate=200.0)
+    assert client.do(op="call", method=11, seconds=0.2)["text"] == "slept"
+    answer = client.ask(op="call", method=11, seconds=30.0, timeout=0.1)
+    assert answer["status"] == "DEADLINE_EXCEEDED"
+    assert 0.1 <= answer["elapsed_s"] < 0.1 + LATE_S
+    client.do(op="echo", size=10)
+
+
+@only_stdio
+def test_a_print_in_a_stdio_handler(peers: Peers) -> None:
+    """Row 31: it goes to stderr, and the frames stay whole."""
+    client = peers.start()
+    for _ in range(3):
+        assert client.do(op="call", method=12, text="hello")["text"] == "hello"
+        client.do(op="echo", size=100_000)
+    client.do(op="stream", count=100, size=1000)
+
+
+def test_sigterm_cuts_an_endless_stream(peers: Peers) -> None:
+    """Row 32: UNAVAILABLE after the grace, and the server leaves."""
+    client = peers.start()
+    client.send(op="call_stream", method=13, notice=1)
+    assert client.receive() == {"at": 1}
+    pid = peers.server_pid(client)
+    os.kill(pid, signal.SIGTERM)
+    assert client.receive(EXIT_S)["status"] == "UNAVAILABLE"
+    _check_left(peers, pid)
+
+
+def test_sigterm_lets_a_short_stream_end(peers: Peers) -> None:
+    """Row 32: whole, within the grace; what comes later is refused."""
+    client = peers.start()
+    client.send(op="stream", count=20, size=100, rate=50.0, notice=1)
+    assert client.receive() == {"at": 1}
+    pid = peers.server_pid(client)
+    os.kill(pid, signal.SIGTERM)
+    answer = client.receive(EXIT_S)
+    assert (answer.get("ok"), answer["items"]) == (True, 20)
+    assert client.ask(op="echo", size=10)["status"] == "UNAVAILABLE"
+    _check_left(peers, pid)
+
+
+def _check_left(peers: Peers, pid: int) -> None:
+    """The server has left, and well. (On stdio, its parent has its exit code.)"""
+    if peers.server is not None:
+        assert peers.server.exit_code() == 0
+    else:
+        wait_until(lambda: is_gone(pid), EXIT_S, "the server ends")
