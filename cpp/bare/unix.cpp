@@ -13,19 +13,17 @@
 using rounds::checked;
 
 bool read_all(int peer, std::span<std::byte> message) {
-    return rounds::move_all("recv", message, [=](std::span<std::byte> rest) {
-        return recv(peer, rest.data(), rest.size(), 0);
-    });
+    const auto move = [=](auto rest) { return recv(peer, rest.data(), rest.size(), 0); };
+    return rounds::move_all("recv", message, move);
 }
 
 void write_all(int peer, std::span<const std::byte> message) {
-    rounds::move_all("send", message, [=](std::span<const std::byte> rest) {
-        return send(peer, rest.data(), rest.size(), MSG_NOSIGNAL);  // an error, not our death
-    });
+    // MSG_NOSIGNAL: to write to a peer that left is an error, not our death.
+    const auto move = [=](auto rest) { return send(peer, rest.data(), rest.size(), MSG_NOSIGNAL); };
+    rounds::move_all("send", message, move);
 }
 
-// bind and connect take the same arguments.
-void meet(const char* name, decltype(bind) call, int fd, const std::string& path) {
+void name_socket(auto call, const char* name, int fd, const std::string& path) {
     sockaddr_un address{AF_UNIX, {}};
     if (path.copy(address.sun_path, sizeof address.sun_path - 1) < path.size())
         rounds::fail(name, "AF_UNIX path too long");
@@ -34,20 +32,21 @@ void meet(const char* name, decltype(bind) call, int fd, const std::string& path
 
 void serve(const rounds::Words& words) {
     const int listener = checked(socket(AF_UNIX, SOCK_STREAM, 0), "socket");
-    checked(fchmod(listener, 0600), "fchmod");  // bind gives this mode to the path, from the start
-    meet("bind", bind, listener, words.address);
+    checked(fchmod(listener, 0600), "fchmod");  // bind gives the path this mode, from the start
+    name_socket(bind, "bind", listener, words.address);
     checked(listen(listener, 1), "listen");
     rounds::say("ready " + words.address);
     const int peer = checked(accept(listener, nullptr, nullptr), "accept");
-    checked(unlink(words.address.c_str()), "unlink");
+    checked(unlink(words.address.c_str()), "unlink");  // one client is all
     checked(fcntl(peer, F_SETFL, words.wait), "fcntl");
-    for (std::vector<std::byte> message(words.size); read_all(peer, message);)
+    std::vector<std::byte> message(words.size);
+    while (read_all(peer, message))
         write_all(peer, message);
 }
 
 void ping(const rounds::Words& words) {
     const int peer = checked(socket(AF_UNIX, SOCK_STREAM, 0), "socket");
-    meet("connect", connect, peer, words.address);
+    name_socket(connect, "connect", peer, words.address);
     checked(fcntl(peer, F_SETFL, words.wait), "fcntl");
     rounds::measure(words, [=](auto message, auto reply) {
         write_all(peer, message);

@@ -152,12 +152,12 @@ class alignas(128) Worker {
     }
 
     std::uint64_t operations = 0;
-    std::uint64_t bytes = 0;  // of the answers
+    std::uint64_t bytes = 0;             // of the answers
     std::vector<std::uint64_t> samples;  // ns
     std::uint64_t errors = 0;
     std::optional<Error> error;  // the first
     std::uint64_t failures = 0;  // answers that differ from the pattern
-    std::int64_t began_ns = 0;  // of the measured part; 0: it was not reached
+    std::int64_t began_ns = 0;   // of the measured part; 0: it was not reached
     std::int64_t ended_ns = 0;
 
     // Keep the schedule to its end, or until the connection is of no further use.
@@ -188,7 +188,8 @@ class alignas(128) Worker {
         const double interval_ns = plan_.rate_hz > 0 ? 1e9 / plan_.rate_hz : 0.0;
         for (std::uint64_t index = number_;; index += plan_.clients) {
             const Bytes payload = plan_.payload ? bytes_of(*plan_.payload) : pattern.item(index);
-            const auto offset_ns = static_cast<std::int64_t>(static_cast<double>(index) * interval_ns);
+            const auto offset_ns =
+                static_cast<std::int64_t>(static_cast<double>(index) * interval_ns);
             std::int64_t start_ns = interval_ns > 0 ? schedule_.start_ns + offset_ns : now_ns();
             if (start_ns >= turn_ns_ && !turn(start_ns)) {
                 return;
@@ -440,8 +441,8 @@ inline std::unique_ptr<Result> run(Plan plan) {
     auto result = std::make_unique<Result>();
     result->plan = std::move(plan);
     const Plan& asked = result->plan;
-    const ConnectOptions options{.window_bytes = asked.window_bytes,
-                                 .payload_bytes_max = asked.payload_bytes_max};
+    const ConnectOptions options{
+        .window_bytes = asked.window_bytes, .payload_bytes_max = asked.payload_bytes_max};
     for (std::size_t number = 0; number < asked.clients; ++number) {
         result->workers.emplace_back(asked, connect(asked.url, options), number);
     }
@@ -449,7 +450,7 @@ inline std::unique_ptr<Result> run(Plan plan) {
     schedule.start_ns = now_ns();
     schedule.began_ns = schedule.start_ns + static_cast<std::int64_t>(asked.warmup_s * 1e9);
     schedule.end_ns = schedule.began_ns + static_cast<std::int64_t>(asked.duration_s * 1e9);
-    std::vector<std::thread> threads;
+    std::vector<std::jthread> threads;
     for (Worker& worker : result->workers) {
         threads.emplace_back([&worker, schedule] { worker.run(schedule); });
     }
@@ -457,7 +458,7 @@ inline std::unique_ptr<Result> run(Plan plan) {
         sleep_ns(schedule.began_ns - now_ns());
     }
     const Usage before = usage_now();
-    for (std::thread& thread : threads) {
+    for (std::jthread& thread : threads) {
         thread.join();
     }
     result->usage = usage_now().since(before);
