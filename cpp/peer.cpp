@@ -181,7 +181,8 @@ std::string url_help() {
         return "  " + url_form(std::string(scheme.name)) + "\n";
     });
     return "URL is one of\n" + forms +
-           "and may end in ?wait=block, spin or adaptive (the default)\n";
+           "and may end in ?wait=block, spin or adaptive (the default); for stdio that stands "
+           "before\nthe command: stdio:?wait=spin COMMAND WORDS\n";
 }
 
 // The help of the program as a whole.
@@ -242,9 +243,9 @@ void write_all(int fd, Bytes data, const std::string& where) {
 }
 
 // A descriptor of a new, empty file.
-Fd create(const std::string& path) {
+Fd create(const std::string& path, const std::string& where) {
     constexpr int flags = O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC;
-    return Fd(checked(retrying([&] { return ::open(path.c_str(), flags, 0666); }), "open", path));
+    return Fd(checked(retrying([&] { return ::open(path.c_str(), flags, 0666); }), "open", where));
 }
 
 // Print. A reader who has left (| head) has what he wanted.
@@ -483,6 +484,7 @@ class Arguments {
         app.footer(url_help() + "\nexample:\n  " + program + " " + command.example);
         app.allow_extras();
         auto* url_option = app.add_option("URL", url, "where the server is; see below");
+        url_option->option_text(" ");
         std::map<std::string, std::string> texts;
         std::vector<CLI::Option*> with_value;
         for (const auto* options : {&command.options, &common_options}) {
@@ -623,7 +625,7 @@ class ReadyFile {
         const std::string path = arguments.text("--ready-file");
         const std::string temporary = path + "." + to_string(::getpid());
         try {
-            write_all(create(temporary).get(), bytes_of(url + "\n"), temporary);
+            write_all(create(temporary, path).get(), bytes_of(url + "\n"), path);
             checked(::rename(temporary.c_str(), path.c_str()), "rename", path);
         } catch (const Error&) {
             ::unlink(temporary.c_str());
@@ -771,7 +773,8 @@ int run_bench(const Arguments& arguments) {
     load::Plan plan = make_plan(arguments);
     const std::string samples_path =
         arguments.has("--samples") ? arguments.text("--samples") : "/dev/null";
-    const Fd samples_fd = create(samples_path);  // a bad path shows before the measurement
+    // Opened before the measurement, so that a bad path shows at once.
+    const Fd samples_fd = create(samples_path, samples_path);
     const auto result = load::run(std::move(plan));
     const std::vector<std::uint64_t> samples = result->samples();
     write_all(samples_fd.get(), std::as_bytes(std::span(samples)), samples_path);

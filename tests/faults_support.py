@@ -23,6 +23,7 @@ from ipc_bridge.system import END, Stream, deadline_after, now_ns
 
 ROOT = Path(__file__).resolve().parents[1]
 PEER = ROOT / os.environ.get("IPC_BRIDGE_BUILD_DIR", "build") / "ipc-bridge-peer"
+SANITIZED = "sanitize" in str(PEER)  # everything takes several times as long
 LANGUAGES = ("py", "cpp")
 TRANSPORTS = ("pipe", "unix", "tcp")
 TIMEOUT_S = 20.0  # for a program that should have ended long ago
@@ -49,7 +50,7 @@ def peer(language: str, nobody: bool = False) -> list[str]:
     if language == "py":
         return [sys.executable, *(["-c", AS_NOBODY] if nobody else ["-m", "ipc_bridge.peer"])]
     if not PEER.exists():
-        pytest.skip(f"{PEER} is not built")
+        pytest.fail(f"{PEER} is not built: run make build")
     if not nobody:
         return [str(PEER)]
     return ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", str(PEER)]

@@ -3,7 +3,9 @@
 import os
 import re
 import select
+import shutil
 import socket
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,6 +20,8 @@ SOURCES = {"cpp": ROOT / "cpp" / "bare", "py": ROOT / "python" / "bare"}
 MECHANISMS = ("pipe", "stdio_pipe", "tcp", "unix")
 LANGUAGES = ("cpp", "py")
 LINES_MAX = 59
+SHARED = "rounds"  # the one file a language that every mechanism includes
+SHARED_LINES_MAX = 140
 TIMEOUT_S = 60.0
 READY_TIMEOUT_S = 10.0
 
@@ -40,12 +44,18 @@ def first_line(server: subprocess.Popen[str]) -> str:
 
 @contextmanager
 def served(
-    mechanism: str, language: str, directory: Path, size: int, wait: str
+    mechanism: str,
+    language: str,
+    directory: Path,
+    size: int,
+    wait: str,
+    tracer: tuple[str, ...] = (),
 ) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A server that has said that it is ready, and its address."""
     address = "0" if mechanism == "tcp" else str(directory / "address")
-    words = [*program(mechanism, language), "serve", address, str(size), wait]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as server:
+    words = [*tracer, *program(mechanism, language), "serve", address, str(size), wait]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True) as server:
         try:
             line = first_line(server)
             assert re.fullmatch(r"ready \S+\n", line)
@@ -54,6 +64,12 @@ def served(
             yield server, address
         finally:
             server.kill()
+
+
+def shape(mechanism: str) -> tuple[str, str]:
+    """What the usage text of a mechanism calls its address, with a blank; and its last words."""
+    address = {"pipe": "PREFIX ", "stdio_pipe": "", "tcp": "PORT ", "unix": "PATH "}[mechanism]
+    return address, "" if address else " -- COMMAND..."
 
 
 def run(words: list[str]) -> subprocess.CompletedProcess[str]:
@@ -115,20 +131,49 @@ def test_samples_file_is_optional(mechanism: str, client: str, server: str, tmp_
 
 @pytest.mark.parametrize("wait", ["block", "spin"])
 @pytest.mark.parametrize("client", LANGUAGES)
-@pytest.mark.parametrize("answer", ["", "os.write(1, bytes(64))"], ids=["end", "wrong"])
-def test_a_bad_peer_is_an_error(client: str, wait: str, answer: str) -> None:
-    """Five right echoes, and then the end of file or a wrong one."""
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [
+        ("", "echo: end of file"),
+        ("os.write(1, bytes(64))", "echo: other bytes came back"),
+        ("os.write(1, bytes(30))", "read: end of file in the middle of a message"),
+    ],
+    ids=["end", "wrong", "half"],
+)
+def test_a_bad_peer_is_an_error(client: str, wait: str, answer: str, error: str) -> None:
+    """Five right echoes, and then the end of file, a wrong one or half of one."""
     peer = f"import os\nfor _ in range(5): os.write(1, os.read(0, 64))\nos.read(0, 64)\n{answer}"
     words = [*program("stdio_pipe", client), "ping", "64", wait, "100"]
     done = run([*words, "--", sys.executable, "-c", peer])
-    assert done.returncode == 1
-    assert done.stdout == ""
-    assert done.stderr.startswith("error: ")
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"error: {error}\n")
 
 
 @pytest.mark.parametrize("client", LANGUAGES)
+def test_a_peer_that_fails_is_an_error(client: str) -> None:
+    echo = "import os\nwhile data := os.read(0, 64): os.write(1, data)\nraise SystemExit(3)"
+    words = [*program("stdio_pipe", client), "ping", "64", "block", "100"]
+    done = run([*words, "--", sys.executable, "-c", echo])
+    assert (done.returncode, done.stderr) == (1, "error: peer: failed\n")
+
+
+@pytest.mark.parametrize("client", LANGUAGES)
+def test_a_peer_that_cannot_start_is_an_error(client: str) -> None:
+    words = [*program("stdio_pipe", client), "ping", "64", "block", "100"]
+    done = run([*words, "--", "/nowhere/peer"])
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: execvp: No such file or directory\n")
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [(0, "echo: end of file"), (30, "recv: end of file in the middle of a message")],
+    ids=["end", "half"],
+)
+@pytest.mark.parametrize("client", LANGUAGES)
 @pytest.mark.parametrize("mechanism", ["tcp", "unix"])
-def test_end_of_file_is_an_error(mechanism: str, client: str, tmp_path: Path) -> None:
+def test_end_of_file_is_an_error_for_ping(
+    mechanism: str, client: str, answer: int, error: str, tmp_path: Path
+) -> None:
     family = socket.AF_INET if mechanism == "tcp" else socket.AF_UNIX
     path = str(tmp_path / "address")
     with socket.socket(family) as listener:
@@ -142,19 +187,189 @@ def test_end_of_file_is_an_error(mechanism: str, client: str, tmp_path: Path) ->
                 peer, _ = listener.accept()
                 with peer:
                     peer.recv(64, socket.MSG_WAITALL)
+                    peer.send(bytes(answer))
                 _, errors = process.communicate(timeout=TIMEOUT_S)
             finally:
                 process.kill()
-    assert process.returncode == 1
-    assert errors.startswith("error: ")
+    assert (process.returncode, errors) == (1, f"error: {error}\n")
+
+
+def connected(mechanism: str, address: str) -> tuple[int, int]:
+    """The descriptors from which a stranger reads a server's echoes, and to which it writes."""
+    if mechanism == "pipe":
+        writer = os.open(address + ".c2s", os.O_WRONLY)
+        return os.open(address + ".s2c", os.O_RDONLY), writer
+    family = socket.AF_INET if mechanism == "tcp" else socket.AF_UNIX
+    peer = socket.socket(family)
+    peer.connect(("127.0.0.1", int(address)) if mechanism == "tcp" else address)
+    writer = peer.detach()
+    return os.dup(writer), writer
+
+
+@pytest.mark.parametrize("sent", [64, 100], ids=["whole", "half"])
+@pytest.mark.parametrize("wait", ["block", "spin"])
+@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_end_of_file_for_serve(
+    mechanism: str, language: str, wait: str, sent: int, tmp_path: Path
+) -> None:
+    """Between messages it is the end of the work, in the middle of one an error."""
+    if mechanism == "stdio_pipe":
+        words = [*program(mechanism, language), "serve", "64", wait]
+        done = subprocess.run(
+            words, input=bytes(sent), capture_output=True, timeout=TIMEOUT_S, check=False
+        )
+        status, errors, echoed = done.returncode, done.stderr.decode(), done.stdout
+    else:
+        with served(mechanism, language, tmp_path, 64, wait) as (process, address):
+            reader, writer = connected(mechanism, address)
+            os.write(writer, bytes(sent))
+            echoed = os.read(reader, 64)
+            for fd in (reader, writer) if mechanism == "pipe" else (writer, reader):
+                os.close(fd)
+            assert process.stderr is not None
+            status, errors = process.wait(TIMEOUT_S), process.stderr.read()
+    assert echoed == bytes(64)
+    call = "read" if "pipe" in mechanism else "recv"
+    middle = f"error: {call}: end of file in the middle of a message\n"
+    assert (status, errors) == ((0, "") if sent == 64 else (1, middle))
+
+
+WRONG_WORDS = [
+    "",
+    "serve",
+    "ping",
+    "help",
+    "echo A 64 block",
+    "serve A 64",
+    "serve A 64 sleep",
+    "serve A 64 block 100",
+    "serve A 0 block",
+    "serve A -1 block",
+    "serve A 64x block",
+    "serve A 99999999999999999999999 block",
+    "ping A 64 block",
+    "ping A 64 block 0",
+    "ping A 64 block -5",
+    "ping A 64 block +5",
+    "ping A 64 block ten",
+    "ping A 64 block 1_0",
+    "ping A 1073741824 block 10",
+    "ping A 64 adaptive 10",
+    "ping A 64 block 10 samples more",
+]
+
+
+@pytest.mark.parametrize("text", WRONG_WORDS, ids=lambda text: text or "none")
+@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_wrong_words_are_usage(mechanism: str, language: str, text: str, tmp_path: Path) -> None:
+    address = "0" if mechanism == "tcp" else str(tmp_path / "address")
+    words = [address if word == "A" else word for word in text.split()]
+    command = []
+    if mechanism == "stdio_pipe":
+        words = [word for word in words if word != address]
+        command = ["--", "true"] if words[:1] == ["ping"] else []
+    done = run([*program(mechanism, language), *words, *command])
+    name, end = shape(mechanism)
+    usage = (
+        f"usage: {mechanism} serve {name}SIZE block|spin\n"
+        f"       {mechanism} ping {name}SIZE block|spin ROUNDS [SAMPLES]{end}\n"
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", usage)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "text"),
+    [
+        ("stdio_pipe", "ping 64 block 10"),
+        ("stdio_pipe", "ping 64 block 10 --"),
+        ("stdio_pipe", "ping 64 block 10 samples --"),
+        ("stdio_pipe", "serve 64 block -- true"),
+        ("unix", "ping /nowhere 64 block 10 -- true"),
+        ("tcp", "serve 65536 64 block"),
+        ("tcp", "serve http 64 block"),
+        ("tcp", "ping -1 64 block 10"),
+    ],
+)
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_words_of_one_mechanism_are_usage(mechanism: str, text: str, language: str) -> None:
+    done = run([*program(mechanism, language), *text.split()])
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"usage: {mechanism} serve ")
+
+
+NOBODY = "No such file or directory"
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "text", "error"),
+    [
+        ("pipe", "ping {}/nobody 64 block 10", f"open: {NOBODY}"),
+        ("pipe", "serve {}/no/body 64 block", f"mkfifo: {NOBODY}"),
+        ("unix", "ping {}/nobody 64 block 10", f"connect: {NOBODY}"),
+        ("unix", "serve {}/no/body 64 block", f"bind: {NOBODY}"),
+        ("unix", "serve {}/" + "x" * 108 + " 64 block", "bind: AF_UNIX path too long"),
+        ("unix", "ping {}/" + "x" * 108 + " 64 block 9", "connect: AF_UNIX path too long"),
+        ("tcp", "ping 1 64 block 10", "connect: Connection refused"),
+    ],
+)
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_errors_name_the_call(
+    mechanism: str, text: str, error: str, language: str, tmp_path: Path
+) -> None:
+    done = run([*program(mechanism, language), *text.format(tmp_path).split()])
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"error: {error}\n")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("samples", "error"),
+    [("/dev/full", "No space left on device"), ("/nowhere/samples", NOBODY)],
+)
+@pytest.mark.parametrize("rounds", [1, 5000])
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_samples_that_cannot_be_written(
+    language: str, rounds: int, samples: str, error: str
+) -> None:
+    words = [*program("stdio_pipe", language), "ping", "8", "block", str(rounds), samples]
+    done = run([*words, "--", *program("stdio_pipe", language), "serve", "8", "block"])
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"error: write samples: {error}\n"
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
 @pytest.mark.parametrize("mechanism", MECHANISMS)
-def test_words_that_make_no_sense(mechanism: str, language: str) -> None:
-    done = run(program(mechanism, language))
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: ")
+def test_a_message_is_one_call_each_way(mechanism: str, language: str, tmp_path: Path) -> None:
+    """In block mode, at both ends: 20 rounds and 2 to warm up are 22 reads and 22 writes, with no
+    other system call between the first and the last."""
+    strace = shutil.which("strace")
+    if strace is None:
+        pytest.skip("strace is not installed")
+    size = 61  # no other call answers with this number
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    traced = (strace, "-ff", "-qq", "-o", str(logs / "log"))
+    words = [*traced, *program(mechanism, language), "ping"]
+    figures = [str(size), "block", "20"]
+    if mechanism == "stdio_pipe":
+        child = [*program(mechanism, language), "serve", str(size), "block"]
+        done = run([*words, *figures, "--", *child])
+    else:
+        with served(mechanism, language, tmp_path, size, "block", traced) as (process, address):
+            done = run([*words, address, *figures])
+            assert process.wait(TIMEOUT_S) == 0
+    assert done.returncode == 0, done.stderr
+
+    both = []
+    for log in logs.iterdir():
+        calls = log.read_text().splitlines()
+        moved = [i for i, call in enumerate(calls) if call.endswith(f" = {size}")]
+        if moved:
+            both.append([call.split("(")[0] for call in calls[moved[0] : moved[-1] + 1]])
+    read, write = ("read", "write") if "pipe" in mechanism else ("recvfrom", "sendto")
+    assert sorted(both) == [[read, write] * 22, [write, read] * 22]
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
@@ -162,27 +377,77 @@ def test_a_path_in_use_is_left_alone(language: str, tmp_path: Path) -> None:
     path = tmp_path / "address"
     path.touch()
     done = run([*program("unix", language), "serve", str(path), "64", "block"])
-    assert done.returncode == 1
+    assert (done.returncode, done.stderr) == (1, "error: bind: Address already in use\n")
     assert path.exists()
 
 
+@pytest.mark.parametrize("taken", [".c2s", ".s2c"])
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_fifos_are_private(language: str, tmp_path: Path) -> None:
-    with served("pipe", language, tmp_path, 64, "block"):
-        assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o600}
+def test_a_fifo_in_use_is_left_alone(language: str, taken: str, tmp_path: Path) -> None:
+    (tmp_path / f"address{taken}").touch()
+    done = run([*program("pipe", language), "serve", str(tmp_path / "address"), "64", "block"])
+    assert (done.returncode, done.stderr) == (1, "error: mkfifo: File exists\n")
+    assert os.listdir(tmp_path) == [f"address{taken}"]
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_a_port_is_free_at_once(language: str, tmp_path: Path) -> None:
+    """The server's end closes first, and so it is the one whose port rests."""
+    with served("tcp", language, tmp_path, 64, "block") as (process, port):
+        peer = socket.create_connection(("127.0.0.1", int(port)))
+        peer.send(bytes(64))
+        peer.recv(64, socket.MSG_WAITALL)
+        process.kill()
+        process.wait(TIMEOUT_S)
+        with peer:
+            assert peer.recv(1) == b""
+    words = [*program("tcp", language), "serve", port, "64", "block"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert first_line(server) == f"ready {port}\n"
+        finally:
+            server.kill()
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize("mechanism", ["pipe", "unix"])
+def test_names_are_private(mechanism: str, language: str, tmp_path: Path) -> None:
+    with served(mechanism, language, tmp_path, 64, "block"):
+        modes = {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
+        assert modes == {0o600}
 
 
 def test_both_languages_have_the_same_stems() -> None:
-    cpp = {path.stem for path in SOURCES["cpp"].glob("*.cpp")}
+    cpp = {path.stem for path in SOURCES["cpp"].glob("*.?pp")}
     python = {path.stem for path in SOURCES["py"].glob("*.py")}
     assert cpp == python
-    assert cpp >= set(MECHANISMS)
+    assert cpp >= {*MECHANISMS, SHARED}
 
 
 @pytest.mark.parametrize(
     "source",
-    sorted([*SOURCES["cpp"].glob("*.cpp"), *SOURCES["py"].glob("*.py")]),
+    sorted([*SOURCES["cpp"].glob("*.?pp"), *SOURCES["py"].glob("*.py")]),
     ids=lambda path: path.name,
 )
 def test_a_bare_file_is_short(source: Path) -> None:
-    assert len(source.read_text().splitlines()) <= LINES_MAX
+    lines_max = SHARED_LINES_MAX if source.stem == SHARED else LINES_MAX
+    assert len(source.read_text().splitlines()) <= lines_max
+
+
+def names(source: Path) -> list[str]:
+    """The functions and types at a file's top level, in order."""
+    pattern = {".py": r"^(?:def|class) (\w+)", ".cpp": r"^[\w:]+ (\w+)\(", ".hpp": HPP_NAME}
+    found = re.findall(pattern[source.suffix], source.read_text(), re.MULTILINE)
+    return [name for name in found if name not in CPP_ONLY]
+
+
+CPP_ONLY = {"main", "name_socket"}  # Python has no need of them
+HPP_NAME = r"^(?:struct (?=\w+ {)|(?:\[\[noreturn\]\] )?(?:inline )?[\w:]+ (?=\w+\())(\w+)"
+
+
+@pytest.mark.parametrize("stem", [*MECHANISMS, SHARED])
+def test_both_languages_have_the_same_names_in_order(stem: str) -> None:
+    suffix = ".hpp" if stem == SHARED else ".cpp"
+    python = names(SOURCES["py"] / f"{stem}.py")
+    assert names(SOURCES["cpp"] / f"{stem}{suffix}") == python
+    assert python

@@ -17,10 +17,6 @@ BUILD = ROOT / os.environ.get("IPC_BRIDGE_BUILD_DIR", "build")
 TIMEOUT_S = 100.0
 PAIRINGS = [(client, server) for client in ("C++", "Python") for server in ("C++", "Python")]
 
-needs_cpp = pytest.mark.skipif(
-    not (BUILD / "ipc-bridge-peer").exists(), reason="the C++ peer is not built"
-)
-
 
 def start(program: str, *words: str, temporary: Path, build: Path = BUILD) -> subprocess.Popen[str]:
     return subprocess.Popen(
@@ -69,7 +65,6 @@ def running_with(text: str) -> list[str]:
     return found
 
 
-@needs_cpp
 @pytest.mark.parametrize("transport", list(SCHEMES))
 def test_four_pairings(transport: str, tmp_path: Path) -> None:
     done = run("demo", transport, "--duration", "0.02", temporary=tmp_path)
@@ -121,7 +116,6 @@ def test_a_pairing_that_fails_stops_no_other(tmp_path: Path) -> None:
     assert os.listdir(temporary) == []
 
 
-@needs_cpp
 @pytest.mark.parametrize("transport", ["unix", "stdio"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 def test_an_interrupt_ends_all(transport: str, number: signal.Signals, tmp_path: Path) -> None:
@@ -144,7 +138,6 @@ def test_an_interrupt_ends_all(transport: str, number: signal.Signals, tmp_path:
     assert running_with(str(tmp_path)) == []
 
 
-@needs_cpp
 def test_overhead_of_one_transport(tmp_path: Path) -> None:
     words = ["--transport", "unix", "--language", "cpp", "--rounds", "1", "--json"]
     done = run("overhead", *words, temporary=tmp_path)
@@ -164,7 +157,6 @@ def test_overhead_of_one_transport(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
-@needs_cpp
 def test_overhead_of_a_stream(tmp_path: Path) -> None:
     done = run("overhead", "--stream", "--rounds", "1", "--json", temporary=tmp_path)
 

@@ -36,6 +36,7 @@ from faults_support import (
     LANGUAGES,
     MIB,
     NOBODY,
+    SANITIZED,
     TRANSPORTS,
     WINDOW_BYTES,
     Raw,
@@ -136,7 +137,7 @@ def host(shared: Host) -> Iterator[Host]:
     before = (fds(shared.pid), threads(shared.pid))
     yield shared
     shared.check("after")
-    back = until(lambda: (fds(shared.pid), threads(shared.pid)) == before, SEEN_S)
+    back = until(lambda: fds(shared.pid) <= before[0] and threads(shared.pid) <= before[1], SEEN_S)
     now = (fds(shared.pid), threads(shared.pid))
     assert back, f"fds and threads of the server were {before}, are {now}"
 
@@ -848,6 +849,8 @@ def test_a_server_out_of_descriptors(scheme: str, server: str, spare: int, place
     """Whoever comes then waits; the server sleeps, and takes clients again once it can."""
     if scheme != "pipe" and spare != 3:
         pytest.skip("only on pipe does a client cost several descriptors")
+    if SANITIZED and server == "cpp":
+        pytest.skip("UBSan looks at memory through a pipe(2) of its own, and errs without one")
     with served(address(scheme, place), server) as up:
         quiet = threads(up.pid)
         with connect(up.url) as warm:
@@ -868,6 +871,9 @@ def test_a_server_out_of_descriptors(scheme: str, server: str, spare: int, place
             assert bytes(bridge.echo(b"again", timeout=1.0)) == b"again"
 
 
+CROWD_S = 5.0 if SANITIZED else 1.0
+
+
 @of_servers
 @over_transports
 def test_a_crowd_that_never_says_hello(scheme: str, server: str, place: Path) -> None:
@@ -875,16 +881,16 @@ def test_a_crowd_that_never_says_hello(scheme: str, server: str, place: Path) ->
         for _ in range(300):
             crowd.enter_context(Raw.connect(up.url))
         began = time.monotonic()
-        with connect(up.url, timeout=1.0) as bridge:
-            assert bytes(bridge.echo(b"hello", timeout=1.0)) == b"hello"
-        assert time.monotonic() - began < 1.0
+        with connect(up.url, timeout=CROWD_S) as bridge:
+            assert bytes(bridge.echo(b"hello", timeout=CROWD_S)) == b"hello"
+        assert time.monotonic() - began < CROWD_S
 
 
 def test_who_never_says_hello_is_dropped(tmp_path: Path) -> None:
     """After 5 s; all servers wait at the same time."""
     with ExitStack() as running:
         silent: list[Raw] = []
-        for language in LANGUAGES if has_cpp() else ["py"]:
+        for language in LANGUAGES:
             for scheme in TRANSPORTS:
                 directory = tmp_path / language
                 directory.mkdir(exist_ok=True)
@@ -897,13 +903,6 @@ def test_who_never_says_hello_is_dropped(tmp_path: Path) -> None:
             raw.frames(seconds=max(0.0, left))
             assert raw.ended
         assert time.monotonic() - began > 3.0
-
-
-def has_cpp() -> bool:
-    try:
-        return bool(peer("cpp"))
-    except pytest.skip.Exception:
-        return False
 
 
 # --- what it costs ---

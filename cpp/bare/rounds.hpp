@@ -1,4 +1,4 @@
-// What the bare programs share, and no part of a mechanism: words, errors, and ping's timed rounds.
+// What the bare programs share: words, errors, whole messages, and the rounds that ping times.
 // The trap: a ping-pong that compares nothing may time anything. Every reply is compared, outside
 // the timed span, and two fillings take turns, so that an old reply never passes for a new one.
 #pragma once
@@ -9,6 +9,7 @@
 #include <cerrno>
 #include <charconv>
 #include <chrono>
+#include <csignal>
 #include <cstring>
 #include <fstream>
 #include <iostream>
@@ -47,12 +48,13 @@ inline void say(const std::string& line) {
         fail("print", std::strerror(errno));
 }
 
-inline std::size_t number(const std::string& word, std::size_t least, std::size_t most) {
+template <typename Number = std::size_t>
+Number number(const std::string& word, std::size_t least, std::size_t most) {
     std::size_t value = most + 1;  // and stays so where there is no number
     const char* const end = word.data() + word.size();
     if (std::from_chars(word.data(), end, value).ptr != end || value < least || value > most)
         leave(2, usage);
-    return value;
+    return static_cast<Number>(value);
 }
 
 // The words, with an address also where the mechanism has none; there ping ends in -- COMMAND.
@@ -121,6 +123,7 @@ void measure(const Words& words, auto round_trip) {
 
 // Does what the words ask for. `address` is its name in the usage text; "": it has none.
 inline int run(int argc, char** argv, const std::string& address, auto serve, auto ping) {
+    std::signal(SIGPIPE, SIG_IGN);  // as in Python: a write to a peer that left is an error
     const std::string stem = program_invocation_short_name;
     const std::string figures = (address.empty() ? "" : " " + address) + " SIZE block|spin";
     usage = "usage: " + stem + " serve" + figures + "\n       " + stem + " ping" + figures +

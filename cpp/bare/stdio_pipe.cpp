@@ -1,59 +1,59 @@
-// Pipes on stdin and stdout, bare: the parent starts its peer as a child, so nobody needs a name.
+// Pipes on stdin and stdout, bare. Pick them when one program starts the other anyway: no names.
 // The trap: stdout is the wire, and a stray print corrupts it. So serve moves the wire away from
-// fd 1 first of all and points fd 1 at stderr.
+// fd 1 first of all, and points fd 1 at stderr.
+//     g++ -std=c++20 -O2 stdio_pipe.cpp -o stdio_pipe
 //     ./stdio_pipe ping 64 block 100000 -- ./stdio_pipe serve 64 block
-#include <fcntl.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include <algorithm>
-#include <chrono>
-#include <string>
-#include <vector>
+#include "rounds.hpp"
 
-void need(bool ok, const char* step) {  // Python raises without being asked
-    ok ? void() : (perror(step), exit(1));
+using rounds::checked;
+
+bool read_all(int reader, std::span<std::byte> message) {
+    const auto move = [=](auto rest) { return read(reader, rest.data(), rest.size()); };
+    return rounds::move_all("read", message, move);
 }
 
-bool move_all(auto call, int fd, std::vector<char>& message) {
-    std::size_t done = 0;  // one call may move only a part of the message
-    for (ssize_t moved = 1; moved && done < message.size(); done += size_t(std::max(moved, 0L))) {
-        moved = call(fd, &message[done], message.size() - done);
-        need(moved >= 0 || errno == EAGAIN, "error: read or write");  // EAGAIN: spinning, not yet
+void write_all(int writer, std::span<const std::byte> message) {
+    const auto move = [=](auto rest) { return write(writer, rest.data(), rest.size()); };
+    rounds::move_all("write", message, move);
+}
+
+void serve(const rounds::Words& words) {
+    const int reader = 0, writer = checked(dup(1), "dup");
+    checked(dup2(2, 1), "dup2");
+    checked(fcntl(reader, F_SETFL, words.wait), "fcntl");
+    checked(fcntl(writer, F_SETFL, words.wait), "fcntl");
+    std::vector<std::byte> message(words.size);
+    while (read_all(reader, message))
+        write_all(writer, message);
+}
+
+void ping(const rounds::Words& words) {
+    int down[2], up[2], status = 0;  // CLOEXEC: a peer that keeps our ends sees no end of file
+    checked(pipe2(down, O_CLOEXEC), "pipe2");
+    checked(pipe2(up, O_CLOEXEC), "pipe2");
+    const pid_t child = checked(fork(), "fork");
+    if (child == 0) {
+        checked(dup2(down[0], 0), "dup2");
+        checked(dup2(up[1], 1), "dup2");
+        checked(execvp(words.command[0], words.command), "execvp");
     }
-    return done == message.size();  // if not: end of file
+    checked(close(down[0]), "close");
+    checked(close(up[1]), "close");
+    checked(fcntl(up[0], F_SETFL, words.wait), "fcntl");
+    checked(fcntl(down[1], F_SETFL, words.wait), "fcntl");
+    rounds::measure(words, [=](auto message, auto reply) {
+        write_all(down[1], message);
+        return read_all(up[0], reply);
+    });
+    checked(close(down[1]), "close");  // end of file, so that the peer leaves
+    checked(waitpid(child, &status, 0), "waitpid");
+    if (status != 0)
+        rounds::fail("peer", "failed");
 }
 
 int main(int argc, char** argv) {
-    need((errno = EINVAL) && argc > 3, "error: serve|ping SIZE block|spin [ROUNDS [FILE] -- PEER]");
-    const bool serve = argv[1] == std::string("serve"), spin = argv[3] == std::string("spin");
-    int reader = 0, writer = dup(1), status = 0, down[2], up[2];
-    need(serve ? dup2(2, 1) == 1 : !pipe2(down, O_CLOEXEC) && !pipe2(up, O_CLOEXEC), "error: pipe");
-    if (!serve) {
-        char** const peer = std::find(argv, argv + argc, std::string("--")) + 1;
-        if (fork() == 0)
-            need(!dup2(down[0], 0) && dup2(up[1], 1) == 1 && !execvp(*peer, peer), "error: PEER");
-        close(down[0]), close(up[1]), reader = up[0], writer = down[1];
-    }
-    for (const int fd : {reader, writer})
-        need(!spin || fcntl(fd, F_SETFL, O_NONBLOCK) == 0, "error: fcntl");
-    signal(SIGPIPE, SIG_IGN);  // a peer that left is an error of write, not our death
-    std::vector<char> message(std::stoul(argv[2])), reply(message);
-    for (; serve; move_all(write, writer, message))
-        if (!move_all(read, reader, message))
-            return 0;
-    const std::size_t rounds = std::stoul(argc > 4 ? argv[4] : "1000"), all = 8 * rounds;
-    std::vector<long> ns(rounds);
-    for (std::size_t turn = rounds - rounds / 10; turn < 2 * rounds; ++turn) {
-        message.assign(reply.size(), static_cast<char>(turn));  // no byte like the last reply's
-        const auto start = std::chrono::steady_clock::now();
-        move_all(write, writer, message);
-        move_all(read, reader, reply);
-        ns[turn % rounds] = (std::chrono::steady_clock::now() - start).count();  // over warm-up's
-        need((errno = EBADMSG) && reply == message, "error: echo");
-    }
-    need(*argv[5] == '-' || write(creat(argv[5], 0600), &ns[0], all) == ssize_t(all), "error: IO");
-    std::ranges::sort(ns);
-    printf("p50_ns=%ld p99_ns=%ld rounds=%zu\n", ns[rounds / 2], ns[rounds * 99 / 100], rounds);
-    need(!close(writer) && wait(&status) > 0 && status == 0, "error: PEER");  // it sees the end
+    return rounds::run(argc, argv, "", serve, ping);
 }

@@ -24,7 +24,7 @@ void write_all(int peer, std::span<const std::byte> message) {
 }
 
 void name_socket(auto call, const char* name, int fd, const std::string& path) {
-    sockaddr_un address{AF_UNIX, {}};
+    sockaddr_un address{AF_UNIX, {}};  // Python's socket does all this by itself
     if (path.copy(address.sun_path, sizeof address.sun_path - 1) < path.size())
         rounds::fail(name, "AF_UNIX path too long");
     checked(call(fd, reinterpret_cast<const sockaddr*>(&address), sizeof address), name);

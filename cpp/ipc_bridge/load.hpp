@@ -292,14 +292,15 @@ class alignas(128) Worker {
     // A part of the schedule is over: begin the next one; false if that was the last.
     bool turn(std::int64_t at_ns) {
         const bool open_loop = plan_.rate_hz > 0;
-        if (turn_ns_ == schedule_.began_ns) {
+        if (began_ns == 0) {
             operations = bytes = 0;
             samples.clear();
+            // Without a rate there is no time to keep: however late, the part has its full length.
             began_ns = open_loop ? schedule_.began_ns : at_ns;
-            turn_ns_ = schedule_.end_ns;
-        }
-        if (at_ns < schedule_.end_ns) {
-            return true;
+            turn_ns_ = began_ns + schedule_.end_ns - schedule_.began_ns;
+            if (at_ns < turn_ns_) {
+                return true;
+            }
         }
         if (open_loop) {
             sleep_until(schedule_.end_ns);  // no further call is due, but the part has its length

@@ -1,59 +1,52 @@
-# A Unix stream socket, bare: the first choice on one machine. Any number of clients, access by
-# file permission, and end of file at once when a peer goes, however it goes.
+# A Unix stream socket, bare. Pick it first on one machine: access by file permission, room for
+# many clients (here: one), and end of file at once when a peer goes, however it goes.
 # The trap: the path outlives its server and fails the next bind. Whoever bound it unlinks it.
-#   python unix.py serve /tmp/demo 64 block & sleep 1; python unix.py ping /tmp/demo 64 block 100000
+#     python unix.py serve /tmp/demo 64 block & sleep 1
+#     python unix.py ping /tmp/demo 64 block 100000
 import os
 import socket
-import sys
-from array import array
-from collections.abc import Callable
-from time import perf_counter_ns
+
+import rounds
 
 
-def move_all(call: Callable[[memoryview], int], message: memoryview) -> bool:
-    done, moved = 0, 1  # one call may move only a part of the message
-    while moved and done < len(message):
-        try:
-            moved = call(message[done:] if done else message)
-        except BlockingIOError:  # spinning, not yet
-            continue
-        done += moved
-    return done == len(message)  # if not: end of file
+def read_all(peer: socket.socket, message: memoryview) -> bool:
+    return rounds.move_all("recv", message, peer.recv_into)
 
 
-def main(verb: str, path: str, size: str, wait: str, count: str = "1000", file: str = "") -> None:
-    serve = verb == "serve"
+def write_all(peer: socket.socket, message: memoryview) -> None:
+    rounds.move_all("send", message, peer.send)
+
+
+def serve(words: rounds.Words) -> None:
+    listener = socket.socket(socket.AF_UNIX)
+    os.fchmod(listener.fileno(), 0o600)  # bind gives the path this mode, from the start
+    with rounds.checked("bind"):
+        listener.bind(words.address)
+    with rounds.checked("listen"):
+        listener.listen(1)
+    rounds.say(f"ready {words.address}")
+    with rounds.checked("accept"):
+        peer, _ = listener.accept()
+    with rounds.checked("unlink"):
+        os.unlink(words.address)  # one client is all
+    peer.setblocking(words.block)
+    message = memoryview(bytearray(words.size))
+    while read_all(peer, message):
+        write_all(peer, message)
+
+
+def ping(words: rounds.Words) -> None:
     peer = socket.socket(socket.AF_UNIX)
-    (peer.bind if serve else peer.connect)(path)
-    if serve:
-        peer.listen(1)
-        print("ready", path, flush=True)
-        peer, _ = peer.accept()
-        os.unlink(path)  # no second client
-    peer.setblocking(wait != "spin")
-    receive, send, clock = peer.recv_into, peer.send, perf_counter_ns
-    sent, echo = bytearray(int(size)), bytearray(int(size))
-    message, reply = memoryview(sent), memoryview(echo)
-    while serve:
-        if not move_all(receive, message):
-            return
-        move_all(send, message)
-    rounds = int(count)
-    ns = array("Q", bytes(8 * rounds))
-    for turn in range(rounds - rounds // 10, 2 * rounds):
-        message[:] = bytes([turn % 256]) * len(message)  # no byte like the last reply's
-        start = clock()
-        move_all(send, message)
-        move_all(receive, reply)
-        ns[turn % rounds] = clock() - start  # over warm-up's
-        if echo != sent:
-            raise ValueError("echo: Bad message")
-    with open(file or os.devnull, "wb") as out:
-        out.write(ns)
-    ordered = sorted(ns)
-    print(f"p50_ns={ordered[rounds // 2]} p99_ns={ordered[rounds * 99 // 100]} {rounds=}")
+    with rounds.checked("connect"):
+        peer.connect(words.address)
+    peer.setblocking(words.block)
+
+    def round_trip(message: memoryview, reply: memoryview) -> bool:
+        write_all(peer, message)
+        return read_all(peer, reply)
+
+    rounds.measure(words, round_trip)
 
 
 if __name__ == "__main__":
-    sys.excepthook = lambda _kind, error, _trace: print(f"error: {error}", file=sys.stderr)
-    main(*sys.argv[1:])
+    rounds.run("PATH", serve, ping)

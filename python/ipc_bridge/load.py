@@ -197,13 +197,14 @@ class Worker:
     def _turn(self, at_ns: int) -> bool:
         """A part of the schedule is over: begin the next one; False if that was the last."""
         schedule, open_loop = self._schedule, self._plan.rate_hz > 0
-        if self._turn_ns == schedule.began_ns:
+        if self.began_ns == 0:
             self.operations = self.bytes = 0
             del self.samples[:]
+            # Without a rate there is no time to keep: however late, the part has its full length.
             self.began_ns = schedule.began_ns if open_loop else at_ns
-            self._turn_ns = schedule.end_ns
-        if at_ns < schedule.end_ns:
-            return True
+            self._turn_ns = self.began_ns + schedule.end_ns - schedule.began_ns
+            if at_ns < self._turn_ns:
+                return True
         if open_loop:
             sleep_until(schedule.end_ns)  # no further call is due, but the part has its length
         return False

@@ -117,7 +117,11 @@ def url_form(scheme: str) -> str:
 def url_help() -> str:
     """The forms of a URL, for every help."""
     forms = "".join(f"  {url_form(scheme)}\n" for scheme in SCHEMES)
-    return f"URL is one of\n{forms}and may end in ?wait=block, spin or adaptive (the default)\n"
+    return (
+        f"URL is one of\n{forms}"
+        "and may end in ?wait=block, spin or adaptive (the default); for stdio that stands before\n"
+        "the command: stdio:?wait=spin COMMAND WORDS\n"
+    )
 
 
 def overview() -> str:
@@ -386,7 +390,8 @@ def run_bench(arguments: Arguments) -> int:
     """Measure; the result is one JSON object, indented unless --json asks for a single line."""
     plan = make_plan(arguments)
     samples_path = arguments.text("--samples") if arguments.has("--samples") else os.devnull
-    samples_fd = create(samples_path)  # a bad path shows before the measurement
+    # Opened before the measurement, so that a bad path shows at once.
+    samples_fd = create(samples_path, samples_path)
     result = load.run(plan)
     write_all(samples_fd, result.samples(), samples_path)
     os.close(samples_fd)
@@ -506,8 +511,8 @@ def ready_file(arguments: Arguments, url: str) -> Iterator[None]:
     path = arguments.text("--ready-file")
     temporary = f"{path}.{os.getpid()}"
     try:
-        fd = create(temporary)
-        write_all(fd, f"{url}\n".encode(), temporary)
+        fd = create(temporary, path)
+        write_all(fd, f"{url}\n".encode(), path)
         os.close(fd)
         with checked("rename", path):
             os.rename(temporary, path)
@@ -567,10 +572,10 @@ def write_all(fd: int, data: Any, where: str) -> None:
             rest = rest[os.write(fd, rest) :]
 
 
-def create(path: str) -> int:
+def create(path: str, where: str) -> int:
     """A descriptor of a new, empty file."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-    with checked("open", path):
+    with checked("open", where):
         return os.open(path, flags, 0o666)
 
 
