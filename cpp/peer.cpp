@@ -553,10 +553,14 @@ class Arguments {
     std::map<std::string, std::string> values_;
 };
 
+// As JSON, always UTF-8; on one line unless indented.
+std::string json_of(const Json& figures, int indent = -1) {
+    return figures.dump(indent, ' ', false, Json::error_handler_t::replace) + "\n";
+}
+
 // The figures with --json, else the text.
 void print_result(const Arguments& arguments, const Json& figures, const std::string& text) {
-    const auto replace = Json::error_handler_t::replace;
-    write_out(arguments.json ? figures.dump(-1, ' ', false, replace) + "\n" : text);
+    write_out(arguments.json ? json_of(figures) : text);
 }
 
 // --- signals and the ready file ---
@@ -779,7 +783,7 @@ int run_bench(const Arguments& arguments) {
     const std::vector<std::uint64_t> samples = result->samples();
     write_all(samples_fd.get(), std::as_bytes(std::span(samples)), samples_path);
     const Json figures = result->report(language, version);
-    print_result(arguments, figures, figures.dump(2) + "\n");
+    print_result(arguments, figures, json_of(figures, 2));
     const std::optional<Error> error = result->error();
     return error ? report_error(*error) : 0;
 }

@@ -7,9 +7,11 @@ texts are long (help, JSON), the two outputs are compared with each other.
 import array
 import contextlib
 import json
+import logging
 import os
 import re
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -459,6 +461,32 @@ def test_a_full_disk_is_an_error(language: str, served: str) -> None:
     with open("/dev/full", "wb") as full:
         outcome = run(language, "echo", served, "--payload", "x", stdout=full.fileno())
     assert failed(outcome) == (18, line)
+
+
+@each_language
+def test_words_that_are_not_utf8(language: str, runtime: Path) -> None:
+    url = f"unix://{runtime}/m" + os.fsdecode(b"\xfcll")  # Latin-1
+    with serving_own(url, make_service()):
+        assert run(language, "echo", url, "--payload", os.fsdecode(b"\xfc")).out == b"\xfc\n"
+        words = ["bench", url, "--op", "echo", "--size", "1", "--duration", "0.01"]
+        for form in ([], ["--json"]):
+            outcome = run(language, *words, *form)
+            assert outcome.code == 0
+            assert json.loads(outcome.out)["url"] == f"unix://{runtime}/m\ufffdll"
+    words = [*peer(language), "echo", url, "--payload", "x", "--timeout", "0"]
+    error = subprocess.run(words, stderr=subprocess.PIPE, check=False).stderr
+    assert error == b"error: UNAVAILABLE: no server, " + os.fsencode(url) + b"\n"
+
+
+def test_a_record_is_one_line() -> None:
+    record = logging.LogRecord("x", logging.ERROR, "", 0, "%s failed", ("it",), None)
+    try:
+        raise ValueError("two\nlines")
+    except ValueError as error:
+        record.exc_info = (ValueError, error, None)
+    assert twin.OneLine("%(levelname)s: %(message)s").format(record) == (
+        "ERROR: it failed: two: lines"
+    )
 
 
 # --- wrong answers ---

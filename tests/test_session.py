@@ -34,7 +34,6 @@ from ipc_bridge.session import (
     State,
     next_id,
 )
-from test_frame import feed as feed_decoder
 from test_frame import small_limits
 
 PROTO = Path(__file__).parent.parent / "proto"
@@ -471,12 +470,7 @@ def test_request_lives_until_its_call_has_ended() -> None:
         client, server = pair(window=64, most=2000)
         request = random.Random(1).randbytes(300)
         client.call(2, request, True, 0)
-        feed_decoder(server.decoder, b"")
-        data = written(client)
-        while data:
-            data = data[fed(server, data) :]
-            event = server.next_event()
-        assert event == Kind.CALL
+        assert deliver(server, written(client)) == [Kind.CALL]
         view = server.payload
         for _ in range(200):
             server.item(b"x" * 40)
@@ -729,6 +723,8 @@ class TwoSessions(RuleBasedStateMachine):
         if session.state == State.DRAINING and session.outbox.size == 0:
             self.server_closed = True
         while self.server_may_read():
+            if session.state == State.IDLE:
+                session.decoder.release()
             event = session.next_event()
             if event is None:
                 return

@@ -10,14 +10,11 @@
 
 using rounds::checked;
 
-bool read_all(int reader, std::span<std::byte> message) {
-    const auto move = [=](auto rest) { return read(reader, rest.data(), rest.size()); };
-    return rounds::move_all("read", message, move);
-}
-
-void write_all(int writer, std::span<const std::byte> message) {
-    const auto move = [=](auto rest) { return write(writer, rest.data(), rest.size()); };
-    rounds::move_all("write", message, move);
+// One call may move only a part of a message: read_all and write_all call until it is whole.
+auto moves(int reader, int writer) {
+    auto receive = [=](auto rest) { return read(reader, rest.data(), rest.size()); };
+    auto transmit = [=](auto rest) { return write(writer, rest.data(), rest.size()); };
+    return std::pair(rounds::whole("read", receive), rounds::whole("write", transmit));
 }
 
 int open_end(const std::string& path, int flags, const rounds::Words& words) {
@@ -39,18 +36,17 @@ void serve(const rounds::Words& words) {
     const int writer = open_end(s2c, O_WRONLY, words);
     checked(unlink(c2s.c_str()), "unlink");  // both peers are in
     checked(unlink(s2c.c_str()), "unlink");
+    const auto [read_all, write_all] = moves(reader, writer);
     std::vector<std::byte> message(words.size);
-    while (read_all(reader, message))
-        write_all(writer, message);
+    while (read_all(message))
+        write_all(message);
 }
 
 void ping(const rounds::Words& words) {
     const int writer = open_end(words.address + ".c2s", O_WRONLY, words);
     const int reader = open_end(words.address + ".s2c", O_RDONLY, words);
-    rounds::measure(words, [=](auto message, auto reply) {
-        write_all(writer, message);
-        return read_all(reader, reply);
-    });
+    const auto [read_all, write_all] = moves(reader, writer);
+    rounds::measure(words, write_all, read_all);
 }
 
 int main(int argc, char** argv) {

@@ -15,6 +15,7 @@
 #include <iostream>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace rounds {
@@ -77,36 +78,38 @@ inline Words parse(int argc, char** argv, bool has_address) {
     return {words[0], words[1], words[5], size, count, spin ? O_NONBLOCK : 0, dashes + 1};
 }
 
-// Calls move(rest) until the whole message is through: one call may move only a part of it.
+// Makes of move(rest), which may move only a part of a message, a function that moves all of it.
 // False is an end of file before the message; in its middle it is an error.
-bool move_all(const char* call, auto message, auto move) {
-    std::size_t done = 0;
-    while (done < message.size()) {
-        const ssize_t count = move(message.subspan(done));
-        if (count < 0 && errno == EAGAIN)
-            continue;  // spin: not yet
-        if (count == 0 && done == 0)
-            return false;
-        if (count == 0)
-            fail(call, "end of file in the middle of a message");
-        done += static_cast<std::size_t>(checked(count, call));
-    }
-    return true;
+auto whole(const char* call, auto move) {
+    return [=](std::span<std::byte> message) {
+        std::size_t done = 0;
+        while (done < message.size()) {
+            const ssize_t count = move(message.subspan(done));
+            if (count == 0 && done == 0)
+                return false;
+            if (count == 0)
+                fail(call, "end of file in the middle of a message");
+            if (count > 0 || errno != EAGAIN)  // EAGAIN: spin, not yet
+                done += static_cast<std::size_t>(checked(count, call));
+        }
+        return true;
+    };
 }
 
-// Times round_trip(message, reply), which sends the one and receives the other and is false at end
-// of file, and prints the percentiles. A tenth more rounds come first, to warm up.
-void measure(const Words& words, auto round_trip) {
+// Times rounds of write_all(message) and read_all(reply), after a tenth as many to warm up, and
+// prints the percentiles.
+void measure(const Words& words, auto write_all, auto read_all) {
     std::vector<std::byte> message(words.size), reply(words.size);
     std::vector<std::int64_t> ns(words.count);
     const std::size_t warm_up = words.count / 10;
     for (std::size_t round = 0; round < warm_up + words.count; ++round) {
         std::ranges::fill(message, round % 2 == 0 ? std::byte{0x55} : std::byte{0xaa});
         const auto start = std::chrono::steady_clock::now();
-        const bool whole = round_trip(std::span<const std::byte>(message), std::span(reply));
+        write_all(message);
+        const bool replied = read_all(reply);
         const std::chrono::nanoseconds took = std::chrono::steady_clock::now() - start;
-        if (!whole || reply != message)
-            fail("echo", whole ? "other bytes came back" : "end of file");
+        if (!replied || reply != message)
+            fail("echo", replied ? "other bytes came back" : "end of file");
         if (round >= warm_up)
             ns[round - warm_up] = took.count();
     }

@@ -10,14 +10,11 @@
 
 using rounds::checked;
 
-bool read_all(int reader, std::span<std::byte> message) {
-    const auto move = [=](auto rest) { return read(reader, rest.data(), rest.size()); };
-    return rounds::move_all("read", message, move);
-}
-
-void write_all(int writer, std::span<const std::byte> message) {
-    const auto move = [=](auto rest) { return write(writer, rest.data(), rest.size()); };
-    rounds::move_all("write", message, move);
+// One call may move only a part of a message: read_all and write_all call until it is whole.
+auto moves(int reader, int writer) {
+    auto receive = [=](auto rest) { return read(reader, rest.data(), rest.size()); };
+    auto transmit = [=](auto rest) { return write(writer, rest.data(), rest.size()); };
+    return std::pair(rounds::whole("read", receive), rounds::whole("write", transmit));
 }
 
 void serve(const rounds::Words& words) {
@@ -25,9 +22,10 @@ void serve(const rounds::Words& words) {
     checked(dup2(2, 1), "dup2");
     checked(fcntl(reader, F_SETFL, words.wait), "fcntl");
     checked(fcntl(writer, F_SETFL, words.wait), "fcntl");
+    const auto [read_all, write_all] = moves(reader, writer);
     std::vector<std::byte> message(words.size);
-    while (read_all(reader, message))
-        write_all(writer, message);
+    while (read_all(message))
+        write_all(message);
 }
 
 void ping(const rounds::Words& words) {
@@ -44,10 +42,8 @@ void ping(const rounds::Words& words) {
     checked(close(up[1]), "close");
     checked(fcntl(up[0], F_SETFL, words.wait), "fcntl");
     checked(fcntl(down[1], F_SETFL, words.wait), "fcntl");
-    rounds::measure(words, [=](auto message, auto reply) {
-        write_all(down[1], message);
-        return read_all(up[0], reply);
-    });
+    const auto [read_all, write_all] = moves(up[0], down[1]);
+    rounds::measure(words, write_all, read_all);
     checked(close(down[1]), "close");  // end of file, so that the peer leaves
     checked(waitpid(child, &status, 0), "waitpid");
     if (status != 0)

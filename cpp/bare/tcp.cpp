@@ -5,20 +5,18 @@
 //     ./tcp serve 5000 64 block & sleep 1; ./tcp ping 5000 64 block 100000
 #include <netinet/in.h>
 #include <netinet/tcp.h>
+#include <unistd.h>
 
 #include "rounds.hpp"
 
 using rounds::checked;
 
-bool read_all(int peer, std::span<std::byte> message) {
-    const auto move = [=](auto rest) { return recv(peer, rest.data(), rest.size(), 0); };
-    return rounds::move_all("recv", message, move);
-}
-
-void write_all(int peer, std::span<const std::byte> message) {
+// One call may move only a part of a message: read_all and write_all call until it is whole.
+auto moves(int peer) {
+    auto receive = [=](auto rest) { return recv(peer, rest.data(), rest.size(), 0); };
     // MSG_NOSIGNAL: to write to a peer that left is an error, not our death.
-    const auto move = [=](auto rest) { return send(peer, rest.data(), rest.size(), MSG_NOSIGNAL); };
-    rounds::move_all("send", message, move);
+    auto transmit = [=](auto rest) { return send(peer, rest.data(), rest.size(), MSG_NOSIGNAL); };
+    return std::pair(rounds::whole("recv", receive), rounds::whole("send", transmit));
 }
 
 void serve(const rounds::Words& words) {
@@ -33,11 +31,13 @@ void serve(const rounds::Words& words) {
     checked(getsockname(listener, reinterpret_cast<sockaddr*>(&address), &size), "getsockname");
     rounds::say("ready " + std::to_string(ntohs(address.sin_port)));  // 0 has become a free port
     const int peer = checked(accept(listener, nullptr, nullptr), "accept");
+    checked(close(listener), "close");  // one client is all: refuse the next
     checked(setsockopt(peer, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on), "setsockopt");
     checked(fcntl(peer, F_SETFL, words.wait), "fcntl");
+    const auto [read_all, write_all] = moves(peer);
     std::vector<std::byte> message(words.size);
-    while (read_all(peer, message))
-        write_all(peer, message);
+    while (read_all(message))
+        write_all(message);
 }
 
 void ping(const rounds::Words& words) {
@@ -48,10 +48,8 @@ void ping(const rounds::Words& words) {
     const int on = 1;
     checked(setsockopt(peer, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on), "setsockopt");
     checked(fcntl(peer, F_SETFL, words.wait), "fcntl");
-    rounds::measure(words, [=](auto message, auto reply) {
-        write_all(peer, message);
-        return read_all(peer, reply);
-    });
+    const auto [read_all, write_all] = moves(peer);
+    rounds::measure(words, write_all, read_all);
 }
 
 int main(int argc, char** argv) {

@@ -12,15 +12,12 @@
 
 using rounds::checked;
 
-bool read_all(int peer, std::span<std::byte> message) {
-    const auto move = [=](auto rest) { return recv(peer, rest.data(), rest.size(), 0); };
-    return rounds::move_all("recv", message, move);
-}
-
-void write_all(int peer, std::span<const std::byte> message) {
+// One call may move only a part of a message: read_all and write_all call until it is whole.
+auto moves(int peer) {
+    auto receive = [=](auto rest) { return recv(peer, rest.data(), rest.size(), 0); };
     // MSG_NOSIGNAL: to write to a peer that left is an error, not our death.
-    const auto move = [=](auto rest) { return send(peer, rest.data(), rest.size(), MSG_NOSIGNAL); };
-    rounds::move_all("send", message, move);
+    auto transmit = [=](auto rest) { return send(peer, rest.data(), rest.size(), MSG_NOSIGNAL); };
+    return std::pair(rounds::whole("recv", receive), rounds::whole("send", transmit));
 }
 
 void name_socket(auto call, const char* name, int fd, const std::string& path) {
@@ -37,21 +34,21 @@ void serve(const rounds::Words& words) {
     checked(listen(listener, 1), "listen");
     rounds::say("ready " + words.address);
     const int peer = checked(accept(listener, nullptr, nullptr), "accept");
-    checked(unlink(words.address.c_str()), "unlink");  // one client is all
+    checked(close(listener), "close");  // one client is all: refuse the next
+    checked(unlink(words.address.c_str()), "unlink");
     checked(fcntl(peer, F_SETFL, words.wait), "fcntl");
+    const auto [read_all, write_all] = moves(peer);
     std::vector<std::byte> message(words.size);
-    while (read_all(peer, message))
-        write_all(peer, message);
+    while (read_all(message))
+        write_all(message);
 }
 
 void ping(const rounds::Words& words) {
     const int peer = checked(socket(AF_UNIX, SOCK_STREAM, 0), "socket");
     name_socket(connect, "connect", peer, words.address);
     checked(fcntl(peer, F_SETFL, words.wait), "fcntl");
-    rounds::measure(words, [=](auto message, auto reply) {
-        write_all(peer, message);
-        return read_all(peer, reply);
-    });
+    const auto [read_all, write_all] = moves(peer);
+    rounds::measure(words, write_all, read_all);
 }
 
 int main(int argc, char** argv) {

@@ -9,12 +9,10 @@ from io import FileIO
 import rounds
 
 
-def read_all(reader: FileIO, message: memoryview) -> bool:
-    return rounds.move_all("read", message, reader.readinto)
-
-
-def write_all(writer: FileIO, message: memoryview) -> None:
-    rounds.move_all("write", message, writer.write)
+# One call may move only a part of a message: read_all and write_all call until it is whole.
+def moves(reader: FileIO, writer: FileIO) -> tuple[rounds.Move, rounds.Move]:
+    receive = rounds.whole("read", reader.readinto)
+    return receive, rounds.whole("write", writer.write)
 
 
 def open_end(path: str, flags: int, words: rounds.Words) -> FileIO:
@@ -39,20 +37,17 @@ def serve(words: rounds.Words) -> None:
     with rounds.checked("unlink"):
         os.unlink(c2s)  # both peers are in
         os.unlink(s2c)
+    read_all, write_all = moves(reader, writer)
     message = memoryview(bytearray(words.size))
-    while read_all(reader, message):
-        write_all(writer, message)
+    while read_all(message):
+        write_all(message)
 
 
 def ping(words: rounds.Words) -> None:
     writer = open_end(words.address + ".c2s", os.O_WRONLY, words)
     reader = open_end(words.address + ".s2c", os.O_RDONLY, words)
-
-    def round_trip(message: memoryview, reply: memoryview) -> bool:
-        write_all(writer, message)
-        return read_all(reader, reply)
-
-    rounds.measure(words, round_trip)
+    read_all, write_all = moves(reader, writer)
+    rounds.measure(words, write_all, read_all)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,9 @@ from time import perf_counter_ns
 from typing import NoReturn
 
 
+Move = Callable[[memoryview], bool]  # of a whole message; False: end of file
+
+
 @dataclass
 class Words:
     verb: str
@@ -75,30 +78,32 @@ def parse(argv: list[str], has_address: bool) -> Words:
     return Words(words[0], words[1], words[5], size, count, not spin, argv[dashes + 1 :])
 
 
-# Calls move(rest) until the whole message is through: one call may move only a part of it.
+# Makes of move(rest), which may move only a part of a message, a function that moves all of it.
 # False is an end of file before the message; in its middle it is an error.
-def move_all(call: str, message: memoryview, move: Callable[[memoryview], int | None]) -> bool:
-    done = 0
-    while done < len(message):
-        try:
-            count = move(message[done:] if done else message)
-        except BlockingIOError:
-            continue  # spin: not yet
-        except OSError as error:
-            fail(call, error.strerror or str(error))
-        if count is None:
-            continue  # spin, as a FileIO says it
-        if count == 0 and done == 0:
-            return False
-        if count == 0:
-            fail(call, "end of file in the middle of a message")
-        done += count
-    return True
+def whole(call: str, move: Callable[[memoryview], int | None]) -> Move:
+    def move_all(message: memoryview) -> bool:
+        done = 0
+        while done < len(message):
+            try:
+                count = move(message[done:] if done else message)  # a slice costs 60 ns
+            except BlockingIOError:  # spin, not yet
+                continue
+            except OSError as error:
+                fail(call, error.strerror or str(error))
+            if count:
+                done += count
+            elif count == 0 and done == 0:  # else None: how a FileIO says "not yet"
+                return False
+            elif count == 0:
+                fail(call, "end of file in the middle of a message")
+        return True
+
+    return move_all
 
 
-# Times round_trip(message, reply), which sends the one and receives the other and is false at end
-# of file, and prints the percentiles. A tenth more rounds come first, to warm up.
-def measure(words: Words, round_trip: Callable[[memoryview, memoryview], bool]) -> None:
+# Times rounds of write_all(message) and read_all(reply), after a tenth as many to warm up, and
+# prints the percentiles.
+def measure(words: Words, write_all: Move, read_all: Move) -> None:
     sent, back = bytearray(words.size), bytearray(words.size)
     message, reply = memoryview(sent), memoryview(back)
     fillings = b"\x55" * words.size, b"\xaa" * words.size
@@ -107,10 +112,11 @@ def measure(words: Words, round_trip: Callable[[memoryview, memoryview], bool]) 
     for round in range(warm_up + words.count):
         message[:] = fillings[round % 2]
         start = perf_counter_ns()
-        whole = round_trip(message, reply)
+        write_all(message)
+        replied = read_all(reply)
         took = perf_counter_ns() - start
-        if not whole or back != sent:
-            fail("echo", "other bytes came back" if whole else "end of file")
+        if not replied or back != sent:
+            fail("echo", "other bytes came back" if replied else "end of file")
         if round >= warm_up:
             ns[round - warm_up] = took
     if words.samples:

@@ -8,12 +8,10 @@ from io import FileIO
 import rounds
 
 
-def read_all(reader: FileIO, message: memoryview) -> bool:
-    return rounds.move_all("read", message, reader.readinto)
-
-
-def write_all(writer: FileIO, message: memoryview) -> None:
-    rounds.move_all("write", message, writer.write)
+# One call may move only a part of a message: read_all and write_all call until it is whole.
+def moves(reader: FileIO, writer: FileIO) -> tuple[rounds.Move, rounds.Move]:
+    receive = rounds.whole("read", reader.readinto)
+    return receive, rounds.whole("write", writer.write)
 
 
 def serve(words: rounds.Words) -> None:
@@ -23,13 +21,15 @@ def serve(words: rounds.Words) -> None:
         os.dup2(2, 1)
     os.set_blocking(reader.fileno(), words.block)
     os.set_blocking(writer.fileno(), words.block)
+    read_all, write_all = moves(reader, writer)
     message = memoryview(bytearray(words.size))
-    while read_all(reader, message):
-        write_all(writer, message)
+    while read_all(message):
+        write_all(message)
 
 
 def ping(words: rounds.Words) -> None:
-    down, up = os.pipe(), os.pipe()  # CLOEXEC: a peer that keeps our ends sees no end of file
+    with rounds.checked("pipe2"):  # CLOEXEC: a peer that keeps our ends sees no end of file
+        down, up = os.pipe(), os.pipe()
     with rounds.checked("fork"):
         child = os.fork()
     if child == 0:
@@ -42,12 +42,8 @@ def ping(words: rounds.Words) -> None:
     reader, writer = FileIO(up[0]), FileIO(down[1], "w")
     os.set_blocking(reader.fileno(), words.block)
     os.set_blocking(writer.fileno(), words.block)
-
-    def round_trip(message: memoryview, reply: memoryview) -> bool:
-        write_all(writer, message)
-        return read_all(reader, reply)
-
-    rounds.measure(words, round_trip)
+    read_all, write_all = moves(reader, writer)
+    rounds.measure(words, write_all, read_all)
     writer.close()  # end of file, so that the peer leaves
     _, status = os.waitpid(child, 0)
     if status != 0:

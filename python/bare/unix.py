@@ -9,12 +9,10 @@ import socket
 import rounds
 
 
-def read_all(peer: socket.socket, message: memoryview) -> bool:
-    return rounds.move_all("recv", message, peer.recv_into)
-
-
-def write_all(peer: socket.socket, message: memoryview) -> None:
-    rounds.move_all("send", message, peer.send)
+# One call may move only a part of a message: read_all and write_all call until it is whole.
+def moves(peer: socket.socket) -> tuple[rounds.Move, rounds.Move]:
+    receive = rounds.whole("recv", peer.recv_into)
+    return receive, rounds.whole("send", peer.send)
 
 
 def serve(words: rounds.Words) -> None:
@@ -27,12 +25,14 @@ def serve(words: rounds.Words) -> None:
     rounds.say(f"ready {words.address}")
     with rounds.checked("accept"):
         peer, _ = listener.accept()
+    listener.close()  # one client is all: refuse the next
     with rounds.checked("unlink"):
-        os.unlink(words.address)  # one client is all
+        os.unlink(words.address)
     peer.setblocking(words.block)
+    read_all, write_all = moves(peer)
     message = memoryview(bytearray(words.size))
-    while read_all(peer, message):
-        write_all(peer, message)
+    while read_all(message):
+        write_all(message)
 
 
 def ping(words: rounds.Words) -> None:
@@ -40,12 +40,8 @@ def ping(words: rounds.Words) -> None:
     with rounds.checked("connect"):
         peer.connect(words.address)
     peer.setblocking(words.block)
-
-    def round_trip(message: memoryview, reply: memoryview) -> bool:
-        write_all(peer, message)
-        return read_all(peer, reply)
-
-    rounds.measure(words, round_trip)
+    read_all, write_all = moves(peer)
+    rounds.measure(words, write_all, read_all)
 
 
 if __name__ == "__main__":

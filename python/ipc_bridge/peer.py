@@ -325,7 +325,7 @@ def run_serve(arguments: Arguments) -> int:
         signals.watch(running)
         with ready_file(arguments, running.url):
             if not running.url.startswith("stdio:"):  # there, stdout is the wire
-                print_result(arguments, {"ready": running.url}, f"ready {running.url}\n".encode())
+                print_result(arguments, {"ready": running.url}, encode(f"ready {running.url}\n"))
             running.run()
     return 0
 
@@ -396,7 +396,7 @@ def run_bench(arguments: Arguments) -> int:
     write_all(samples_fd, result.samples(), samples_path)
     os.close(samples_fd)
     figures = result.report(LANGUAGE, ipc_bridge.__version__)
-    print_result(arguments, figures, json.dumps(figures, indent=2).encode() + b"\n")
+    print_result(arguments, figures, json_of(figures, indent=2))
     error = result.error()
     return 0 if error is None else report_error(error)
 
@@ -512,7 +512,7 @@ def ready_file(arguments: Arguments, url: str) -> Iterator[None]:
     temporary = f"{path}.{os.getpid()}"
     try:
         fd = create(temporary, path)
-        write_all(fd, f"{url}\n".encode(), path)
+        write_all(fd, encode(f"{url}\n"), path)
         os.close(fd)
         with checked("rename", path):
             os.rename(temporary, path)
@@ -588,18 +588,28 @@ def write_out(data: bytes) -> None:
             raise
 
 
+def encode(text: str) -> bytes:
+    """What came from the command line may be no UTF-8; the bytes stay what they were."""
+    return text.encode("utf-8", "surrogateescape")
+
+
+def json_of(figures: dict[str, Any], indent: int | None = None) -> bytes:
+    """As JSON, always UTF-8; on one line unless indented."""
+    separators = (",", ":") if indent is None else (",", ": ")
+    text = json.dumps(figures, ensure_ascii=False, indent=indent, separators=separators)
+    return encode(text).decode("utf-8", "replace").encode() + b"\n"
+
+
 def print_result(arguments: Arguments, figures: dict[str, Any], text: bytes) -> None:
     """The figures with --json, else the text."""
-    if arguments.json:
-        text = json.dumps(figures, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
-    write_out(text)
+    write_out(json_of(figures) if arguments.json else text)
 
 
 def report_error(error: Error) -> int:
     """Say in one line what is wrong; the exit code for it."""
     line = f"error: {error}".replace("\n", " ") + "\n"
     with contextlib.suppress(Error):
-        write_all(2, line.encode("utf-8", "surrogateescape"), "stderr")
+        write_all(2, encode(line), "stderr")
     return EXIT_USAGE if isinstance(error, CommandLineError) else EXIT_STATUS + error.status
 
 
