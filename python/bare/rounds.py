@@ -11,7 +11,6 @@ from pathlib import Path
 from time import perf_counter_ns
 from typing import NoReturn
 
-
 Move = Callable[[memoryview], bool]  # of a whole message; False: end of file
 
 
