@@ -408,6 +408,18 @@ def test_decoder_memory_is_bounded() -> None:
     assert peak < 2 * len(data) + frame.BUFFER_BYTES + 200_000
 
 
+def test_decoder_items_leave_one_above_the_limit_to_next() -> None:
+    decoder = Decoder(10)
+    data = frame_bytes(item(1, 0, bytes(10))) + frame_bytes(item(1, 1, bytes(11)))
+    space = decoder.space()
+    space[: len(data)] = data
+    decoder.filled(len(data))
+    assert [len(view) for view in decoder.items(1, 0, 1000)] == [10]
+    assert decoder.items(1, 1, 1000) == []
+    with pytest.raises(ProtocolError, match="ITEM of 11 bytes"):
+        decoder.next()
+
+
 @pytest.mark.parametrize("kind", [Kind.CALL, Kind.ITEM, Kind.END])
 @pytest.mark.parametrize("size", [frame.PAYLOAD_BYTES_MAX + 1, 0xFFFFFFFF])
 def test_decoder_allocates_nothing_for_a_refused_size(kind: Kind, size: int) -> None:

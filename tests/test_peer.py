@@ -627,7 +627,7 @@ def test_bench_stream_at_a_rate(language: str, server: str, url: str, tmp_path: 
     words = "--op stream --size 8 --duration 0.5 --rate 200 --clients 2"
     with serving(server, url):
         result = bench(language, url, tmp_path / "samples", words)
-    assert result["samples"] == result["operations"] <= 102
+    assert result["samples"] == result["operations"] < 1000  # 100, and what was late at the start
     assert result["latency_ns"]["p50"] < 1e9  # one clock for both
 
 

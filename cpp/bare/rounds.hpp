@@ -10,6 +10,8 @@
 #include <charconv>
 #include <chrono>
 #include <csignal>
+#include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <fstream>
 #include <iostream>
@@ -69,9 +71,8 @@ inline Words parse(int argc, char** argv, bool has_address) {
     const bool has_command = argv + argc - dashes > 1;
     words.resize(6);
     const bool spin = words[3] == "spin";
-    if ((!ping && !serve) || (!spin && words[3] != "block") || words[1].empty())
-        leave(2, usage);
-    if (has_command != (ping && !has_address))
+    const bool known = (ping || serve) && (spin || words[3] == "block") && !words[1].empty();
+    if (!known || has_command != (ping && !has_address))
         leave(2, usage);
     const std::size_t size = number(words[2], 1, 1 << 27);              // 128 MiB
     const std::size_t count = ping ? number(words[4], 1, 1 << 27) : 0;  // 1 GiB of samples
@@ -132,7 +133,10 @@ inline int run(int argc, char** argv, const std::string& address, auto serve, au
     usage = "usage: " + stem + " serve" + figures + "\n       " + stem + " ping" + figures +
             " ROUNDS [SAMPLES]" + (address.empty() ? " -- COMMAND..." : "");
     const Words words = parse(argc, argv, !address.empty());
-    words.verb == "serve" ? serve(words) : ping(words);
+    if (words.verb == "serve")
+        serve(words);
+    else
+        ping(words);
     return 0;
 }
 

@@ -291,11 +291,11 @@ class alignas(128) Worker {
 
     // A part of the schedule is over: begin the next one; false if that was the last.
     bool turn(std::int64_t at_ns) {
-        const bool open_loop = plan_.rate_hz > 0;
+        const bool open_loop = plan_.op == "echo" && plan_.rate_hz > 0;
         if (began_ns == 0) {
             operations = bytes = 0;
             samples.clear();
-            // Without a rate there is no time to keep: however late, the part has its full length.
+            // Where no call is due at a given time, the part has its full length, however late.
             began_ns = open_loop ? schedule_.began_ns : at_ns;
             turn_ns_ = began_ns + schedule_.end_ns - schedule_.began_ns;
             if (at_ns < turn_ns_) {

@@ -68,9 +68,8 @@ def parse(argv: list[str], has_address: bool) -> Words:
     has_command = len(argv) - dashes > 1
     words += [""] * (6 - len(words))
     spin = words[3] == "spin"
-    if (not ping and not serve) or (not spin and words[3] != "block") or not words[1]:
-        leave(2, usage)
-    if has_command != (ping and not has_address):
+    known = (ping or serve) and (spin or words[3] == "block") and words[1] != ""
+    if not known or has_command != (ping and not has_address):
         leave(2, usage)
     size = number(words[2], 1, 1 << 27)  # 128 MiB
     count = number(words[4], 1, 1 << 27) if ping else 0  # 1 GiB of samples
@@ -136,4 +135,7 @@ def run(address: str, serve: Callable[[Words], None], ping: Callable[[Words], No
     usage += "" if address else " -- COMMAND..."
     words = parse(sys.argv, bool(address))
     with checked("system call"):
-        (serve if words.verb == "serve" else ping)(words)
+        if words.verb == "serve":
+            serve(words)
+        else:
+            ping(words)

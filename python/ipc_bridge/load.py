@@ -196,11 +196,12 @@ class Worker:
 
     def _turn(self, at_ns: int) -> bool:
         """A part of the schedule is over: begin the next one; False if that was the last."""
-        schedule, open_loop = self._schedule, self._plan.rate_hz > 0
+        schedule = self._schedule
+        open_loop = self._plan.op == "echo" and self._plan.rate_hz > 0
         if self.began_ns == 0:
             self.operations = self.bytes = 0
             del self.samples[:]
-            # Without a rate there is no time to keep: however late, the part has its full length.
+            # Where no call is due at a given time, the part has its full length, however late.
             self.began_ns = schedule.began_ns if open_loop else at_ns
             self._turn_ns = self.began_ns + schedule.end_ns - schedule.began_ns
             if at_ns < self._turn_ns:
