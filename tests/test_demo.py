@@ -21,6 +21,8 @@ PAIRINGS = [(client, server) for client in ("C++", "Python") for server in ("C++
 def start(program: str, *words: str, temporary: Path, build: Path = BUILD) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", f"ipc_bridge.harness.{program}", *words],
+        # A test run in the background of a shell ignores SIGINT, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
