@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from unittest.mock import patch
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -30,6 +30,16 @@ from ipc_bridge.frame import HEADER_BYTES, Buffer, Decoder, Header, Kind, Outbox
 SMALL = {"BUFFER_BYTES": 128, "JOIN_BYTES_MAX": 24, "IOVEC_MAX": 4, "IDLE_REFILLS_MAX": 3}
 PAYLOAD_BYTES_MAX = 400  # of the small decoders: some frames fit three times into the buffer
 Frame = tuple[Header, bytes]
+
+
+def examples(count: int, steps: int = 50) -> settings:
+    """How much to try; without a clock, so that a busy machine fails nothing."""
+    return settings(
+        max_examples=count,
+        stateful_step_count=steps,
+        deadline=None,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
 
 
 @contextmanager
@@ -116,6 +126,7 @@ def test_encode_is_16_little_endian_bytes() -> None:
     assert header.hex(" ") == "0d 0c 0b 0a 02 01 03 02 04 00 00 00 08 07 06 05"
 
 
+@examples(100)
 @given(frames())
 def test_check_takes_every_frame_of_a_correct_peer(of: Frame) -> None:
     frame.check(of[0], PAYLOAD_BYTES_MAX)
@@ -153,7 +164,7 @@ edges8 = st.sampled_from([0, 1, 2, 3, 128, 255])
 mostly_0 = st.sampled_from([0, 0, 0, 1])
 
 
-@settings(max_examples=1000)
+@examples(1000)
 @given(
     st.tuples(
         st.one_of(mostly_0, edges32),
@@ -175,7 +186,7 @@ def test_check_refuses_exactly_what_is_not_in_the_table(header: Header) -> None:
 # --- the decoder ---
 
 
-@settings(max_examples=150)
+@examples(150)
 @given(st.lists(frames(), max_size=12), st.lists(st.integers(1, 300), min_size=1, max_size=8))
 def test_decoder_takes_any_chunking(sent: list[Frame], chunks: list[int]) -> None:
     data = b"".join(map(frame_bytes, sent))
@@ -194,6 +205,7 @@ def test_decoder_takes_any_chunking(sent: list[Frame], chunks: list[int]) -> Non
         assert decoder.is_clean()
 
 
+@examples(100)
 @given(frames(), st.data())
 def test_decoder_knows_an_input_that_ends_inside_a_frame(of: Frame, data: st.DataObject) -> None:
     whole = frame_bytes(of)
@@ -333,9 +345,7 @@ class DecoderMachine(RuleBasedStateMachine):
 
 
 def test_decoder_agrees_with_a_plain_one() -> None:
-    run_state_machine_as_test(
-        DecoderMachine, settings=settings(max_examples=250, stateful_step_count=40)
-    )
+    run_state_machine_as_test(DecoderMachine, settings=examples(250, 40))
 
 
 def test_decoder_grows_and_shrinks_back() -> None:
@@ -373,6 +383,10 @@ def test_decoder_reads_a_large_payload_into_its_place() -> None:
     feed(decoder, data[HEADER_BYTES:1000])
     assert len(decoder.space()) == len(data) - 1000
     assert len(feed(decoder, data[1000:])) == 1
+    # Also in a buffer that has grown for a larger one.
+    smaller = frame_bytes(item(1, 0, bytes(1 << 19)))
+    feed(decoder, smaller[:1000])
+    assert len(decoder.space()) == len(smaller) - 1000
 
 
 def test_decoder_holds_a_request_while_others_come() -> None:
@@ -408,6 +422,15 @@ def test_decoder_memory_is_bounded() -> None:
     assert peak < 2 * len(data) + frame.BUFFER_BYTES + 200_000
 
 
+def test_decoder_items_count_beyond_the_wrap() -> None:
+    decoder = Decoder()
+    data = b"".join(frame_bytes(item(1, n & 0xFFFFFFFF, b"")) for n in range(-3, 3))
+    space = decoder.space()
+    space[: len(data)] = data
+    decoder.filled(len(data))
+    assert len(decoder.items(1, 0xFFFFFFFD, 1000)) == 6
+
+
 def test_decoder_items_leave_one_above_the_limit_to_next() -> None:
     decoder = Decoder(10)
     data = frame_bytes(item(1, 0, bytes(10))) + frame_bytes(item(1, 1, bytes(11)))
@@ -438,6 +461,7 @@ def test_decoder_allocates_nothing_for_a_refused_size(kind: Kind, size: int) -> 
     assert peak < 100_000
 
 
+@examples(100)
 @given(st.binary(max_size=200))
 def test_decoder_answers_garbage_with_protocol_errors_only(data: bytes) -> None:
     with small_limits():
@@ -525,9 +549,7 @@ class OutboxMachine(RuleBasedStateMachine):
 
 
 def test_outbox_keeps_order_through_partial_writes() -> None:
-    run_state_machine_as_test(
-        OutboxMachine, settings=settings(max_examples=200, stateful_step_count=30)
-    )
+    run_state_machine_as_test(OutboxMachine, settings=examples(200, 30))
 
 
 def test_outbox_joins_small_frames() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -34,7 +34,7 @@ from ipc_bridge.session import (
     State,
     next_id,
 )
-from test_frame import small_limits
+from test_frame import examples, small_limits
 
 PROTO = Path(__file__).parent.parent / "proto"
 Either = ClientSession | ServerSession
@@ -452,6 +452,20 @@ def test_overrun_is_noticed_at_the_first_item(window: int, size: int, by_items: 
         feed_session(client, written(server), by_items)
 
 
+def test_a_pass_of_items_ends_when_credit_is_due() -> None:
+    """Else a server that has no credit left would wait for the whole pass to be used."""
+    client, server = pair(window=1000)
+    client.call(2, b"", True, 0)
+    assert deliver(server, written(client)) == [Kind.CALL]
+    for _ in range(10):
+        server.item(bytes(84))  # costs 100
+    fed(client, written(server))
+    assert len(client.items()) == 6
+    client.consumed()
+    assert client.outbox.size == HEADER_BYTES
+    assert len(client.items()) == 4
+
+
 def feed_session(client: ClientSession, data: bytes, by_items: bool) -> int:
     """Read all of it; the count of items."""
     count = 0
@@ -827,9 +841,7 @@ class TwoSessions(RuleBasedStateMachine):
 
 
 def test_two_sessions_in_any_order() -> None:
-    run_state_machine_as_test(
-        TwoSessions, settings=settings(max_examples=300, stateful_step_count=60)
-    )
+    run_state_machine_as_test(TwoSessions, settings=examples(300, 60))
 
 
 # --- garbage ---
@@ -842,7 +854,7 @@ TALK = [
 ]
 
 
-@settings(max_examples=400)
+@examples(400)
 @given(
     st.sampled_from(TALK),
     st.lists(st.tuples(st.integers(0, 200), st.integers(0, 255)), max_size=4),
