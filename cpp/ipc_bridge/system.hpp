@@ -19,6 +19,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <ctime>
+#include <functional>
+#include <initializer_list>
 #include <limits>
 #include <memory>
 #include <optional>
@@ -42,6 +44,9 @@ inline constexpr int spins_fruitless_max = 8;  // then the peer is slow, and spi
 inline constexpr unsigned spin_retry_waits =
     64;                                      // how often a peer may show that it is quick again
 inline constexpr int spin_clock_reads = 16;  // reads of the wire for each read of the clock
+
+// First and longest pause between attempts to reach a server.
+inline constexpr std::int64_t connect_retry_ns[] = {1'000'000, 50'000'000};
 
 inline std::int64_t now_ns() {
     timespec now{};
@@ -318,6 +323,32 @@ inline bool sleep_until_ready(std::span<pollfd> fds, std::int64_t deadline_ns) {
     }
 }
 
+// Attempt to reach a server until it works, or the deadline; `later` are the errors that its start
+// may mend. (connect(2) has nothing to wait on for a server that is not there yet.) An attempt
+// returns a descriptor, or none with errno.
+inline Fd persist(
+    const std::function<Fd()>& attempt,
+    std::initializer_list<int> later,
+    const std::string& url,
+    std::int64_t deadline_ns
+) {
+    std::int64_t pause_ns = connect_retry_ns[0];
+    while (true) {
+        if (Fd fd = attempt()) {
+            return fd;
+        }
+        if (std::find(later.begin(), later.end(), errno) == later.end()) {
+            throw SystemError("connect", errno, url);
+        }
+        const std::int64_t left_ns = deadline_ns - now_ns();
+        if (left_ns <= 0) {
+            throw Error(Status::UNAVAILABLE, "no server", url);
+        }
+        sleep_ns(std::min(pause_ns, left_ns));
+        pause_ns = std::min(2 * pause_ns, connect_retry_ns[1]);
+    }
+}
+
 // flock(2) on `path`, held for a server's life: one server an address, stale things reclaimed.
 //
 // The kernel drops the lock with the process, however it ends. The file is removed at the end,
@@ -337,9 +368,15 @@ class Lock {
     Lock& operator=(Lock&&) = delete;
     ~Lock() { close(); }
 
-    void close() {
+    // The file, for who has something to note in it that must outlive a crash.
+    int fileno() const { return fd_.get(); }
+
+    // Give the lock back; with `keep` the file stays, for what is noted in it. Idempotent.
+    void close(bool keep = false) {
         if (fd_) {
-            ::unlink(path_.c_str());
+            if (!keep) {
+                ::unlink(path_.c_str());
+            }
             fd_.close();
         }
     }

@@ -15,8 +15,9 @@ import stat
 import struct
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from enum import StrEnum
+from typing import TypeVar
 
 from ipc_bridge.errors import Error, Status, SystemError
 
@@ -31,6 +32,10 @@ ADAPTIVE_SPIN_NS = 50_000  # about what a wake-up across cores costs, so a spin 
 SPINS_FRUITLESS_MAX = 8  # then the peer is slow, and spinning only heats
 SPIN_RETRY_WAITS = 64  # how often a peer gets a chance to be quick again
 SPIN_CLOCK_READS = 16  # reads of the wire for each read of the clock
+
+CONNECT_RETRY_S = (0.001, 0.05)  # first and longest pause between attempts to reach a server
+
+Made = TypeVar("Made")
 
 now_ns = time.monotonic_ns
 
@@ -254,6 +259,25 @@ def sleep_until_ready(poll: select.poll, deadline_ns: int) -> bool:
     return bool(poll.poll(0))
 
 
+def persist(
+    attempt: Callable[[], Made], later: tuple[int, ...], url: str, deadline_ns: int
+) -> Made:
+    """Attempt to reach a server until it works, or the deadline; `later` are the errors that its
+    start may mend. (connect(2) has nothing to wait on for a server that is not there yet.)"""
+    pause_s, longest_s = CONNECT_RETRY_S
+    while True:
+        try:
+            return attempt()
+        except OSError as error:
+            if error.errno not in later:
+                raise SystemError("connect", error.errno or 0, url) from None
+        left_ns = deadline_ns - now_ns()
+        if left_ns <= 0:
+            raise Error(Status.UNAVAILABLE, "no server", url)
+        time.sleep(min(pause_s, left_ns / 1e9))
+        pause_s = min(2 * pause_s, longest_s)
+
+
 class Lock:
     """flock(2) on `path`, held for a server's life: one server an address, stale things reclaimed.
 
@@ -291,11 +315,17 @@ class Lock:
                 return
         os.close(fd)  # removed between our open and our lock: try again
 
-    def close(self) -> None:
+    def fileno(self) -> int:
+        """The file, for who has something to note in it that must outlive a crash."""
+        return self._fd
+
+    def close(self, keep: bool = False) -> None:
+        """Give the lock back; with `keep` the file stays, for what is noted in it. Idempotent."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
-            with contextlib.suppress(OSError):
-                os.unlink(self.path)
+            if not keep:
+                with contextlib.suppress(OSError):
+                    os.unlink(self.path)
             os.close(fd)
 
 

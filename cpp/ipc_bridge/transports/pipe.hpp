@@ -55,8 +55,6 @@ inline constexpr int pipe_bytes = 256 << 10;
 // 16 hex digits and a newline; below PIPE_BUF, so lines never mix.
 inline constexpr std::size_t line_bytes_max = 17;
 inline constexpr int open_flags = O_NONBLOCK | O_CLOEXEC | O_NOFOLLOW;
-// First and longest pause between attempts to reach a server.
-inline constexpr std::int64_t connect_retry_ns[] = {1'000'000, 50'000'000};
 // For a child to leave by itself at its end-of-file, before it gets SIGTERM.
 inline constexpr std::int64_t child_leaves_ns = 100'000'000;
 // Then, for its calls to end, before it gets SIGKILL.
@@ -375,7 +373,7 @@ class Pipe : public Transport {
     }
 
     std::unique_ptr<Stream> connect(std::int64_t deadline_ns) override {
-        std::int64_t pause_ns = pipe_detail::connect_retry_ns[0];
+        std::int64_t pause_ns = connect_retry_ns[0];
         while (true) {
             if (auto stream = attempt(deadline_ns)) {
                 return stream;
@@ -385,7 +383,7 @@ class Pipe : public Transport {
                 throw Error(Status::UNAVAILABLE, "no server", url);
             }
             sleep_ns(std::min(pause_ns, left_ns));
-            pause_ns = std::min(2 * pause_ns, pipe_detail::connect_retry_ns[1]);
+            pause_ns = std::min(2 * pause_ns, connect_retry_ns[1]);
         }
     }
 

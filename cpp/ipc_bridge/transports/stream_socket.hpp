@@ -9,7 +9,7 @@
 // The trap: a socket is a stream, so a read may end anywhere and a write may be partial. Others are
 // remedied where they bite below: Nagle's delay, SIGPIPE, connecting to oneself, full descriptors.
 //
-// Copy with it: errors, system (and frame, session, client, server for the calls on top).
+// Copy with it: errors, system, unix_address (and frame, session, client, server for the calls).
 // Run: ipc-bridge-peer serve unix:///tmp/demo.sock
 #pragma once
 
@@ -19,8 +19,6 @@
 #include <netinet/tcp.h>
 #include <poll.h>
 #include <sys/socket.h>
-#include <sys/stat.h>
-#include <sys/un.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -30,7 +28,6 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
-#include <initializer_list>
 #include <memory>
 #include <span>
 #include <string>
@@ -38,16 +35,11 @@
 
 #include <ipc_bridge/errors.hpp>
 #include <ipc_bridge/system.hpp>
+#include <ipc_bridge/transports/unix_address.hpp>
 
 namespace ipc_bridge {
 namespace stream_socket {
 
-// Clients that may knock at once before connect(2) has to try again.
-inline constexpr int backlog = 1024;
-// sockaddr_un.sun_path less its NUL, unix(7)
-inline constexpr std::size_t path_bytes_max = 107;
-// First and longest pause between attempts to reach a server.
-inline constexpr std::int64_t connect_retry_ns[] = {1'000'000, 50'000'000};
 // Unacknowledged data, or silence after probes: the host is gone (tcp(7)).
 inline constexpr int dead_after_ms = 10'000;
 
@@ -185,32 +177,6 @@ class SocketListener : public Listener {
     std::atomic<bool> stopped_ = false;
 };
 
-// Attempt until it works, or the deadline; `later` are the errors that a server's start may mend.
-// (connect(2) has nothing to wait on for a server that is not there yet.) An attempt returns a
-// descriptor, or none with errno.
-inline Fd persist(
-    const std::function<Fd()>& attempt,
-    std::initializer_list<int> later,
-    const std::string& url,
-    std::int64_t deadline_ns
-) {
-    std::int64_t pause_ns = connect_retry_ns[0];
-    while (true) {
-        if (Fd fd = attempt()) {
-            return fd;
-        }
-        if (std::find(later.begin(), later.end(), errno) == later.end()) {
-            throw SystemError("connect", errno, url);
-        }
-        const std::int64_t left_ns = deadline_ns - now_ns();
-        if (left_ns <= 0) {
-            throw Error(Status::UNAVAILABLE, "no server", url);
-        }
-        sleep_ns(std::min(pause_ns, left_ns));
-        pause_ns = std::min(2 * pause_ns, connect_retry_ns[1]);
-    }
-}
-
 inline std::string tcp_url(const std::string& host, int port) {
     const bool is_v6 = host.find(':') != std::string::npos;
     return "tcp://" + (is_v6 ? "[" + host + "]" : host) + ":" + std::to_string(port);
@@ -234,103 +200,28 @@ inline void prepare(int fd) {
 class Unix : public Transport {
   public:
     // Throws Error: INVALID_ARGUMENT for a path that is empty or too long.
-    explicit Unix(std::string path, Wait wait = Wait::ADAPTIVE)
-        : path_(std::move(path)), wait_(wait) {
-        if (path_.empty() || path_.size() > stream_socket::path_bytes_max) {
-            throw Error(
-                Status::INVALID_ARGUMENT,
-                "a socket's path takes 1 to " + std::to_string(stream_socket::path_bytes_max) +
-                    " bytes",
-                path_
-            );
-        }
-        url = "unix://" + path_;
+    explicit Unix(const std::string& path, Wait wait = Wait::ADAPTIVE)
+        : address_(path, "unix://" + path, SOCK_STREAM), wait_(wait) {
+        url = "unix://" + path;
     }
 
     std::unique_ptr<Stream> connect(std::int64_t deadline_ns) override {
-        const auto attempt = [&]() -> Fd {
-            Fd fd = make_socket(SOCK_NONBLOCK);
-            const sockaddr_un address = make_address();
-            if (::connect(fd.get(), reinterpret_cast<const sockaddr*>(&address), sizeof(address)) <
-                0) {
-                const int number = errno;  // which closing may change
-                fd.close();
-                errno = number;
-                return fd;
-            }
-            check_peer(fd.get(), url);
-            return fd;
-        };
-        // EAGAIN: the backlog is full, connect(2).
-        return std::make_unique<stream_socket::SocketStream>(
-            stream_socket::persist(attempt, {ENOENT, ECONNREFUSED, EAGAIN}, url, deadline_ns), wait_
-        );
+        return std::make_unique<stream_socket::SocketStream>(address_.connect(deadline_ns), wait_);
     }
 
     std::unique_ptr<Listener> listen() override {
-        auto lock = std::make_shared<Lock>(path_ + ".lock");
-        Fd fd = make_socket(0);
-        reclaim();
-        const sockaddr_un address = make_address();
-        checked(::fchmod(fd.get(), 0600), "bind", path_);  // the file is born with this mode
-        checked(
-            ::bind(fd.get(), reinterpret_cast<const sockaddr*>(&address), sizeof(address)),
-            "bind",
-            path_
-        );
-        struct stat mine {};
-        checked(::stat(path_.c_str(), &mine), "bind", path_);
-        checked(::listen(fd.get(), stream_socket::backlog), "listen", path_);
-        const auto cleanup = [path = path_, inode = mine.st_ino, lock] {
-            struct stat there {};
-            if (::stat(path.c_str(), &there) == 0 && there.st_ino == inode) {
-                ::unlink(path.c_str());
-            }
-            lock->close();
-        };
+        auto door = std::make_shared<UnixDoor>(address_.listen());
         return std::make_unique<stream_socket::SocketListener>(
-            std::move(fd),
+            std::move(door->fd),
             url,
             wait_,
             [where = url](int client) { check_peer(client, where); },
-            cleanup
+            [door] { door->close(); }
         );
     }
 
   private:
-    Fd make_socket(int flags) const {
-        return Fd(checked(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | flags, 0), "socket", url));
-    }
-
-    sockaddr_un make_address() const {
-        sockaddr_un address{};
-        address.sun_family = AF_UNIX;
-        std::memcpy(address.sun_path, path_.data(), path_.size());
-        return address;
-    }
-
-    // Remove a dead server's socket; only under the lock, and only if it is ours.
-    void reclaim() const {
-        struct stat info {};
-        if (::lstat(path_.c_str(), &info) < 0) {
-            return;
-        }
-        if (!S_ISSOCK(info.st_mode) || info.st_uid != ::geteuid()) {
-            throw Error(
-                Status::ALREADY_EXISTS, "something that is not our socket is in the way", path_
-            );
-        }
-        const Fd probe = make_socket(SOCK_NONBLOCK);
-        const sockaddr_un address = make_address();
-        if (::connect(probe.get(), reinterpret_cast<const sockaddr*>(&address), sizeof(address)) ==
-                0 ||
-            errno != ECONNREFUSED) {
-            throw Error(Status::ALREADY_EXISTS, "another program listens on this socket", path_);
-        }
-        ::unlink(path_.c_str());
-    }
-
-    std::string path_;
+    UnixAddress address_;
     Wait wait_;
 };
 
@@ -357,7 +248,7 @@ class Tcp : public Transport {
             return fd;
         };
         return std::make_unique<stream_socket::SocketStream>(
-            stream_socket::persist(
+            persist(
                 attempt, {ECONNREFUSED, ECONNRESET, EADDRNOTAVAIL, EHOSTUNREACH}, url, deadline_ns
             ),
             wait_
@@ -380,7 +271,7 @@ class Tcp : public Transport {
             ::setsockopt(fd.get(), SOL_SOCKET, SO_REUSEADDR, &on, sizeof(on)), "setsockopt", url
         );
         checked(::bind(fd.get(), address.get(), address.size), "bind", url);
-        checked(::listen(fd.get(), stream_socket::backlog), "bind", url);
+        checked(::listen(fd.get(), unix_address::backlog), "bind", url);
         Address bound;
         checked(::getsockname(fd.get(), bound.get(), &bound.size), "getsockname", url);
         // Both families keep the port at the same place.

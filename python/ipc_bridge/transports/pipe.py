@@ -29,6 +29,7 @@ from collections.abc import Callable, Sequence
 
 from ipc_bridge.errors import Error, Status
 from ipc_bridge.system import (
+    CONNECT_RETRY_S,
     END,
     NEVER,
     RETRY_NS,
@@ -53,7 +54,6 @@ LINE_BYTES_MAX = 17  # 16 hex digits and a newline; below PIPE_BUF, so lines nev
 NAME = re.compile(r"[0-9a-f]{16}")
 PAIR = re.compile(r"[0-9a-f]{16}\.(c2s|s2c)")
 OPEN = os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW
-CONNECT_RETRY_S = (0.001, 0.05)  # first and longest pause between attempts to reach a server
 CHILD_LEAVES_S = 0.1  # for a child to leave by itself at its end-of-file, before it gets SIGTERM
 CHILD_ENDS_S = 2.0  # then, for its calls to end, before it gets SIGKILL
 

@@ -9,18 +9,15 @@ is told so and the socket of a dead one is reclaimed; for `tcp` the kernel's own
 The trap: a socket is a stream, so a read may end anywhere and a write may be partial. Others are
 remedied where they bite below: Nagle's delay, SIGPIPE, connecting to oneself, full descriptors.
 
-Copy with it: errors, system (and frame, session, client, server for the calls on top).
+Copy with it: errors, system, unix_address (and frame, session, client, server for the calls).
 Run: python -m ipc_bridge.peer serve unix:///tmp/demo.sock
 """
 
 import contextlib
 import errno
 import ipaddress
-import os
 import select
 import socket
-import stat
-import time
 from collections.abc import Callable, Sequence
 
 from ipc_bridge.errors import Error, Status, SystemError
@@ -32,7 +29,6 @@ from ipc_bridge.system import (
     WOULD_BLOCK,
     Buffer,
     Listener,
-    Lock,
     Spinner,
     Stream,
     Transport,
@@ -41,12 +37,11 @@ from ipc_bridge.system import (
     check_peer,
     checked,
     now_ns,
+    persist,
     sleep_until_ready,
 )
+from ipc_bridge.transports.unix_address import BACKLOG, UnixAddress
 
-BACKLOG = 1024  # clients that may knock at once before connect(2) has to try again
-PATH_BYTES_MAX = 107  # sockaddr_un.sun_path less its NUL, unix(7)
-CONNECT_RETRY_S = (0.001, 0.05)  # first and longest pause between attempts to reach a server
 DEAD_AFTER_MS = 10_000  # unacknowledged data, or silence after probes: the host is gone (tcp(7))
 
 
@@ -172,69 +167,18 @@ class Unix(Transport):
 
     def __init__(self, path: str, wait: Wait = Wait.ADAPTIVE) -> None:
         """Raises Error: INVALID_ARGUMENT for a path that is empty or too long."""
-        if not 0 < len(os.fsencode(path)) <= PATH_BYTES_MAX:
-            what = f"a socket's path takes 1 to {PATH_BYTES_MAX} bytes"
-            raise Error(Status.INVALID_ARGUMENT, what, path)
-        self.path = path
         self.url = f"unix://{path}"
+        self._address = UnixAddress(path, self.url, socket.SOCK_STREAM)
         self._wait = wait
 
     def connect(self, deadline_ns: int) -> Stream:
-        def attempt() -> socket.socket:
-            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            try:
-                sock.setblocking(False)
-                sock.connect(self.path)
-                check_peer(sock, self.url)
-            except BaseException:
-                sock.close()
-                raise
-            return sock
-
-        # EAGAIN: the backlog is full, connect(2).
-        later = (errno.ENOENT, errno.ECONNREFUSED, errno.EAGAIN)
-        return SocketStream(_persist(attempt, later, self.url, deadline_ns), self._wait)
+        return SocketStream(self._address.connect(deadline_ns), self._wait)
 
     def listen(self) -> Listener:
-        lock = Lock(self.path + ".lock")
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            self._reclaim()
-            with checked("bind", self.path):
-                os.fchmod(sock.fileno(), 0o600)  # the file is born with this mode
-                sock.bind(self.path)
-                mine = os.stat(self.path).st_ino
-                sock.listen(BACKLOG)
-        except BaseException:
-            sock.close()
-            lock.close()
-            raise
-
-        def cleanup() -> None:
-            with contextlib.suppress(OSError):
-                if os.stat(self.path).st_ino == mine:
-                    os.unlink(self.path)
-            lock.close()
-
+        door = self._address.listen()
         return SocketListener(
-            sock, self.url, self._wait, lambda peer: check_peer(peer, self.url), cleanup
+            door.sock, self.url, self._wait, lambda peer: check_peer(peer, self.url), door.close
         )
-
-    def _reclaim(self) -> None:
-        """Remove a dead server's socket; only under the lock, and only if it is ours."""
-        try:
-            info = os.stat(self.path, follow_symlinks=False)
-        except FileNotFoundError:
-            return
-        if not stat.S_ISSOCK(info.st_mode) or info.st_uid != os.geteuid():
-            what = "something that is not our socket is in the way"
-            raise Error(Status.ALREADY_EXISTS, what, self.path)
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            probe.setblocking(False)
-            if probe.connect_ex(self.path) != errno.ECONNREFUSED:
-                what = "another program listens on this socket"
-                raise Error(Status.ALREADY_EXISTS, what, self.path)
-        os.unlink(self.path)
 
 
 class Tcp(Transport):
@@ -271,7 +215,7 @@ class Tcp(Transport):
             return sock
 
         later = (errno.ECONNREFUSED, errno.ECONNRESET, errno.EADDRNOTAVAIL, errno.EHOSTUNREACH)
-        return SocketStream(_persist(attempt, later, self.url, deadline_ns), self._wait)
+        return SocketStream(persist(attempt, later, self.url, deadline_ns), self._wait)
 
     def listen(self) -> Listener:
         family, address = self._resolve()
@@ -310,22 +254,3 @@ def _prepare(sock: socket.socket) -> None:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a host that fell silent
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, DEAD_AFTER_MS // 2000)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1)
-
-
-def _persist(
-    attempt: Callable[[], socket.socket], later: tuple[int, ...], url: str, deadline_ns: int
-) -> socket.socket:
-    """Attempt until it works, or the deadline; `later` are the errors that a server's start may
-    mend. (connect(2) has nothing to wait on for a server that is not there yet.)"""
-    pause_s, longest_s = CONNECT_RETRY_S
-    while True:
-        try:
-            return attempt()
-        except OSError as error:
-            if error.errno not in later:
-                raise SystemError("connect", error.errno or 0, url) from None
-        left_ns = deadline_ns - now_ns()
-        if left_ns <= 0:
-            raise Error(Status.UNAVAILABLE, "no server", url)
-        time.sleep(min(pause_s, left_ns / 1e9))
-        pause_s = min(2 * pause_s, longest_s)
