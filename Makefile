@@ -21,7 +21,7 @@ export TSAN_OPTIONS  ?= halt_on_error=1:second_deadlock_stack=1
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup configure build demo test lint format clean distclean
+.PHONY: help setup configure build demo test model lint format clean distclean
 
 help:  ## list the targets
 	@echo "usage: make TARGET [NAME=value]"; echo
@@ -42,6 +42,9 @@ demo: build  ## show the four pairings talk over one transport (TRANSPORT=unix)
 test: build  ## run all tests (SANITIZE=..., PYTEST_ARGS='-k echo -x')
 	@$(LOCKED) ctest --test-dir $(BUILD) --output-on-failure
 	@$(VENV) -m pytest tests $(PYTEST_ARGS)
+
+model: setup  ## explore the shm ring's protocol with store buffers, and with each order taken away
+	@$(VENV) tests/model_ring.py
 
 CPP_FILES = $(shell find cpp tests -name '*.[ch]pp' 2>/dev/null)
 MYPY_DIRS = $(wildcard python/ipc_bridge python/bare tests)
