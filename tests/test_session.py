@@ -63,6 +63,13 @@ def deliver(session: Either, data: bytes) -> list[Kind]:
     return events
 
 
+def had_calls(session: Either, last_id: int) -> None:
+    """As if calls up to that id had been made and answered."""
+    session._call_id, session._next_id = last_id, next_id(last_id)
+    if isinstance(session, ClientSession):
+        session._answer_id = session._next_id
+
+
 def written(session: Either, count: int = 1 << 40) -> bytes:
     """One write of the driver, of at most `count` bytes."""
     out = b"".join(bytes(part) for part in session.outbox.buffers())[:count]
@@ -180,9 +187,7 @@ class VectorRun:
                 if kind is not None:
                     self.add_event(kind)
             case "last_call_id":
-                session._call_id = step["value"]
-                if isinstance(session, ClientSession):
-                    session._answer_id = next_id(step["value"])
+                had_calls(session, step["value"])
             case "next_item":
                 session._index = step["value"]
             case "cancel" | "consumed" | "drain" as name:
@@ -614,14 +619,15 @@ class TwoSessions(RuleBasedStateMachine):
     )
     def meet(self, window: int, last_id: int, index: int) -> None:
         self.client, self.server = ClientSession(window, 2000), ServerSession(1, 2000)
-        self.client._call_id = self.server._call_id = last_id
-        self.client._answer_id = next_id(last_id)
+        had_calls(self.client, last_id)
+        had_calls(self.server, last_id)
         self.first_index = index
         self.to_server, self.to_client = b"", b""
         self.server_closed = self.client_closed = False
         self.calls: list[Made] = []
         self.accepted = 0  # calls that the server has seen
         self.request: memoryview | None = None
+        self.on_lane = False  # the client's next input may be the reply of a small call
 
     def last(self) -> Made:
         return self.calls[-1]
@@ -632,9 +638,21 @@ class TwoSessions(RuleBasedStateMachine):
     # The client's application.
 
     @precondition(lambda self: self.client.state == State.IDLE)
-    @rule(streaming=st.booleans(), size=st.sampled_from([0, 1, 24, 25, 100, 130, 700]))
-    def call(self, streaming: bool, size: int) -> None:
+    @rule(
+        streaming=st.booleans(),
+        size=st.sampled_from([0, 1, 24, 25, 100, 130, 700]),
+        most=st.sampled_from([0, 1, 20, 1 << 20]),
+    )
+    def call(self, streaming: bool, size: int, most: int) -> None:
         request = random.Random(len(self.calls)).randbytes(size)
+        small = None if streaming or most == 0 else self.client.call_small(7, request, 0)
+        if small is not None:
+            self.on_lane = most >= len(small)
+            self.to_server += small[:most]
+            if not self.on_lane:
+                self.client.outbox.put_rest(small, most)
+            self.calls.append(Made(False, request))
+            return
         try:
             self.client.call(7, request, streaming, 0)
         except CallError:
@@ -646,6 +664,7 @@ class TwoSessions(RuleBasedStateMachine):
     @precondition(lambda self: self.client.state == State.OPEN)
     @rule()
     def cancel(self) -> None:
+        self.on_lane = False
         self.client.cancel()
         self.last().results.append("cancelled")
 
@@ -663,8 +682,18 @@ class TwoSessions(RuleBasedStateMachine):
     @precondition(lambda self: self.to_client and self.client.state != State.CLOSED)
     @rule(most=st.sampled_from([1, 5, 16, 40, 1 << 20]), by_items=st.booleans())
     def client_reads(self, most: int, by_items: bool) -> None:
-        count = fed(self.client, self.to_client[:most])
-        self.to_client = self.to_client[count:]
+        on_lane, self.on_lane = self.on_lane, False
+        if on_lane:
+            space = self.client.decoder.space()
+            count = min(len(space), len(self.to_client), most)
+            space[:count] = self.to_client[:count]
+            self.to_client = self.to_client[count:]
+            if self.client.filled_by_reply(count) is not None:
+                self.on_end()
+                return
+        else:
+            count = fed(self.client, self.to_client[:most])
+            self.to_client = self.to_client[count:]
         while True:
             if by_items:
                 self.last_got(items_of(self.client, True))
@@ -713,10 +742,18 @@ class TwoSessions(RuleBasedStateMachine):
         return session.state in (State.HELLO, State.IDLE) and session.outbox.size == 0
 
     @precondition(lambda self: self.to_server and self.server_may_read())
-    @rule(most=st.sampled_from([1, 5, 16, 40, 1 << 20]))
-    def server_reads(self, most: int) -> None:
-        count = fed(self.server, self.to_server[:most])
-        self.to_server = self.to_server[count:]
+    @rule(most=st.sampled_from([1, 5, 16, 40, 1 << 20]), lane=st.booleans())
+    def server_reads(self, most: int, lane: bool) -> None:
+        if lane and self.server.state == State.IDLE:
+            space = self.server.decoder.space()
+            count = min(len(space), len(self.to_server), most)
+            space[:count] = self.to_server[:count]
+            self.to_server = self.to_server[count:]
+            if self.server.filled_by_call(count):
+                self.on_call()
+        else:
+            count = fed(self.server, self.to_server[:most])
+            self.to_server = self.to_server[count:]
         self.server_steps()
 
     @precondition(lambda self: self.client_closed and not self.to_server)
@@ -743,12 +780,16 @@ class TwoSessions(RuleBasedStateMachine):
             if event is None:
                 return
             if event == Kind.CALL:
-                made = self.calls[self.accepted]
-                self.accepted += 1
-                assert session.payload == made.request
-                assert (session.streaming, session.method) == (made.streaming, 7)
-                session._index = self.first_index if made.streaming else 0
-                self.request = session.payload
+                self.on_call()
+
+    def on_call(self) -> None:
+        session = self.server
+        made = self.calls[self.accepted]
+        self.accepted += 1
+        assert session.payload == made.request
+        assert (session.streaming, session.method) == (made.streaming, 7)
+        session._index = self.first_index if made.streaming else 0
+        self.request = session.payload
 
     # The server's application.
 
@@ -769,12 +810,18 @@ class TwoSessions(RuleBasedStateMachine):
             assert ahead < self.client.window_bytes + cost([payload])
 
     @precondition(lambda self: self.is_running())
-    @rule(echo=st.booleans())
-    def end(self, echo: bool) -> None:
+    @rule(echo=st.booleans(), most=st.sampled_from([0, 1, 20, 1 << 20]))
+    def end(self, echo: bool, most: int = 0) -> None:
         made = self.running()
         reply = self.server.payload if echo and not made.streaming else b""
         made.answer = Status.OK, bytes(reply)
-        self.server.end(reply)
+        small = self.server.end_small(reply) if most and not made.streaming else None
+        if small is None:
+            self.server.end(reply)
+        else:
+            self.to_client += small[:most]
+            if most < len(small):
+                self.server.outbox.put_rest(small, most)
         self.after_end()
 
     @precondition(lambda self: self.is_running())
@@ -818,7 +865,7 @@ class TwoSessions(RuleBasedStateMachine):
             if self.client.outbox.size and not self.client_closed:
                 self.client_writes(1 << 20)
             if self.to_server and self.server_may_read():
-                self.server_reads(1 << 20)
+                self.server_reads(1 << 20, False)
             if self.is_running():
                 self.end(True)
             if self.server.outbox.size and not self.server_closed:

@@ -31,6 +31,9 @@ class Status(IntEnum):
     UNAUTHENTICATED = 16
 
 
+OK = Status.OK  # for the way of every call: to look a name up in an enum costs 100 ns
+
+
 MESSAGE_BYTES_MAX = 1024  # a status message on the wire: a sentence, never a dump
 
 

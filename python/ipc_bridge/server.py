@@ -19,10 +19,10 @@ from types import TracebackType
 from typing import NamedTuple, Self
 
 from ipc_bridge import frame
-from ipc_bridge.errors import Error, Status
+from ipc_bridge.errors import OK, Error, Status
 from ipc_bridge.frame import JOIN_BYTES_MAX, Buffer
-from ipc_bridge.session import WINDOW_BYTES, ServerSession, State
-from ipc_bridge.system import END, NEVER, Stream, Transport, deadline_after, now_ns
+from ipc_bridge.session import IDLE, RUNNING, WINDOW_BYTES, ServerSession, State
+from ipc_bridge.system import END, NEVER, WOULD_BLOCK, Stream, Transport, deadline_after, now_ns
 
 HELLO_TIMEOUT_S = 5.0  # a client that says nothing for so long is gone
 BATCH_BYTES = 64 << 10  # of small items for one write; more gains nothing
@@ -94,7 +94,7 @@ class Call:
     def is_cancelled(self) -> bool:
         """Look at the input: has the client cancelled or gone, or is the deadline past?"""
         self._connection.pump(0)
-        return self._connection.reason() != Status.OK
+        return self._connection.reason() is not OK
 
     def sleep(self, seconds: float) -> None:
         """Sleep; ends early when `is_cancelled`. Items made so far are sent first."""
@@ -110,7 +110,8 @@ class Connection:
     """One client: its session, its stream, and the call that runs.
 
     `run` is the loop of a connection's thread: `step` does all that can be done without input,
-    `_exchange` waits for what the session needs next and reads it.
+    `_exchange` waits for what the session needs next and reads it; `_serve_small` is both at once
+    for small unary calls.
     """
 
     def __init__(
@@ -130,6 +131,7 @@ class Connection:
         self._hello_deadline_ns = deadline_after(HELLO_TIMEOUT_S)
         self._met = False
         self._call: Call | None = None
+        self._undated = Call(self, NEVER)  # serves all small calls without a deadline
         self._items: Iterator[Item] | None = None
         self._due_ns = 0  # no item before it
         self._stride = 1  # items until the next look at the clock
@@ -138,7 +140,10 @@ class Connection:
         """Serve the client until it goes, breaks the rules, or the server stops."""
         try:
             while self.step():
-                self._exchange()
+                if self.session.state is IDLE and not self.session.outbox.size:
+                    self._serve_small()
+                else:
+                    self._exchange()
         except Error as error:  # a ProtocolError, a refusal, a system call that failed
             log.info("connection ended: %s", error)
             self.session.farewell(error.status, error.what)
@@ -156,10 +161,10 @@ class Connection:
         while True:
             if session.outbox.size:
                 self._flush()
-            if session.state == State.RUNNING:
+            if session.state is RUNNING:
                 session.next_event()  # takes in CREDIT, notes CANCEL
                 self._advance()
-                if session.state == State.RUNNING:
+                if session.state is RUNNING:
                     return True
                 continue
             if session.state == State.CLOSED:
@@ -181,7 +186,7 @@ class Connection:
         or until the call is over."""
         session = self.session
         session.next_event()
-        while self.reason() == Status.OK:
+        while self.reason() is OK:
             self._flush()
             if until_ns == 0 and not session.outbox.size:
                 self._take(self.stream.try_read(session.decoder.space()))
@@ -200,11 +205,11 @@ class Connection:
         call = self._call
         if call is not None and call.deadline_ns != NEVER and now_ns() >= call.deadline_ns:
             return Status.DEADLINE_EXCEEDED
-        return Status.OK
+        return OK
 
     def _exchange(self) -> None:
         session = self.session
-        if session.state == State.RUNNING:
+        if session.state is RUNNING:
             if session.outbox.size == 0 and session.credit > 0 and self._due_ns == 0:
                 self._take(self.stream.try_read(session.decoder.space()))
             else:
@@ -212,12 +217,17 @@ class Connection:
         elif session.outbox.size:
             self.stream.wait(False, True, NEVER)
         else:
-            session.decoder.release()
-            self.is_idle = True
-            if not self.draining:  # else whoever set it may have seen us busy and not woken us
-                deadline_ns = NEVER if self._met else self._hello_deadline_ns
-                self._take(self.stream.read(session.decoder.space(), deadline_ns))
-            self.is_idle = False
+            self._take(self._await_client(self._hello_deadline_ns))
+
+    def _await_client(self, deadline_ns: int) -> int:
+        """Read while nothing is under way; `stop` may interrupt that."""
+        self.is_idle = True
+        if self.draining:  # whoever set it may have seen us busy and not woken us
+            count = WOULD_BLOCK
+        else:
+            count = self.stream.read(self.session.decoder.space(), deadline_ns)
+        self.is_idle = False
+        return count
 
     def _read(self, until_ns: int) -> None:
         """Wait, while a call runs, for input (or room, if there is output), and read."""
@@ -234,7 +244,7 @@ class Connection:
         if count > 0:
             session.decoder.filled(count)
         elif count == END:
-            if self.cut or (self.draining and session.state != State.RUNNING):
+            if self.cut or (self.draining and session.state is not RUNNING):
                 session.drain()  # interrupted by us, not by the client
             else:
                 session.end_of_input()
@@ -267,10 +277,42 @@ class Connection:
         except Exception as error:
             self._fail_by(error)
 
+    def _serve_small(self) -> None:
+        """The lane: `_exchange` and `step` in one, over and over, while the client's calls are
+        small unary ones, one by one, and each reply leaves in one write."""
+        session, release = self.session, self.session.decoder.release
+        find_unary, try_write = self._service.find_unary, self.stream.try_write
+        while True:
+            release()
+            count = self._await_client(NEVER)
+            if count <= 0 or self.draining:
+                self._take(count)
+                return
+            if not session.filled_by_call(count):
+                return
+            left_ms = session.remaining_ms
+            call = Call(self, now_ns() + left_ms * 1_000_000) if left_ms else self._undated
+            self._call = call
+            try:
+                answer = find_unary(session.method)(call, session.payload)
+                stopped = self.cut or (left_ms and self.reason() is not OK)
+                reply = None if stopped else session.end_small(answer)
+                if reply is None:
+                    self._end(answer)
+                    return
+            except Exception as error:
+                self._fail_by(error)
+                return
+            self._call = None
+            count = try_write((reply,))
+            if count != len(reply) and count != END:
+                session.outbox.put_rest(reply, count)
+                return
+
     def _advance(self) -> None:
         """Make the next batch of items and write it, or end the stream."""
         reason = self.reason()
-        if reason != Status.OK:
+        if reason is not OK:
             self._fail(reason, REASONS[reason])
             return
         if self.session.outbox.size:
@@ -293,7 +335,7 @@ class Connection:
             if session.credit <= 0:
                 return False
             item = next(items, None)
-            if session.state != State.RUNNING or session.cancelled:
+            if session.state is not RUNNING or session.cancelled:
                 return False  # the handler looked, and the client has left
             if item is None:
                 self._end(b"")
@@ -313,9 +355,9 @@ class Connection:
     def _end(self, reply: Buffer) -> None:
         """The handler is done."""
         reason = self.reason()
-        if self.session.state != State.RUNNING:
+        if self.session.state is not RUNNING:
             self._close_handler()
-        elif reason != Status.OK:
+        elif reason is not OK:
             self._fail(reason, REASONS[reason])
         else:
             self.session.end(reply)
@@ -334,7 +376,7 @@ class Connection:
         """End the call with another status than OK."""
         self.session.outbox.own()  # what is not sent yet may be the handler's, which goes now
         self._close_handler()
-        if self.session.state == State.RUNNING:
+        if self.session.state is RUNNING:
             self.session.fail(status, message)
 
     def _close_handler(self) -> None:

@@ -68,24 +68,21 @@ class Spinner:
     def __init__(self, wait: Wait) -> None:
         self.wait = wait
         self.blocks = wait == Wait.BLOCK
+        self._spins = wait == Wait.SPIN
         self.crowded = False  # other spinners share the GIL: then none spins
-        self._fruitless = 0
+        self.fruitless = 0  # spins in a row that found nothing
         self._waits = 0
 
     def budget_ns(self) -> int:
         """For how long to spin before blocking: 0, a while, or NEVER (do not block)."""
         if self.blocks or self.crowded:
             return 0
-        if self.wait == Wait.SPIN:
+        if self._spins:
             return NEVER
-        if self._fruitless < SPINS_FRUITLESS_MAX:
+        if self.fruitless < SPINS_FRUITLESS_MAX:
             return ADAPTIVE_SPIN_NS
         self._waits += 1
         return ADAPTIVE_SPIN_NS if self._waits % SPIN_RETRY_WAITS == 0 else 0
-
-    def spun(self, fruitful: bool) -> None:
-        """Tell whether the last spin found something."""
-        self._fruitless = 0 if fruitful else self._fruitless + 1
 
 
 class Stream(ABC):
@@ -118,7 +115,8 @@ class Stream(ABC):
 
         The usual path of whoever has nothing to write. WOULD_BLOCK is the deadline.
         """
-        budget_ns = self.spinner.budget_ns()
+        spinner = self.spinner
+        budget_ns = 0 if spinner.blocks else spinner.budget_ns()
         if budget_ns:
             count = self._spin(buffer, budget_ns, deadline_ns)
             if count != WOULD_BLOCK or budget_ns == NEVER:
@@ -134,16 +132,18 @@ class Stream(ABC):
         return WOULD_BLOCK
 
     def _spin(self, buffer: memoryview, budget_ns: int, deadline_ns: int) -> int:
-        until = deadline_ns if budget_ns == NEVER else min(deadline_ns, now_ns() + budget_ns)
         try_read = self.try_read
+        until_ns = 0  # the clock is not read before it is needed
         while True:
             for _ in range(SPIN_CLOCK_READS):
                 count = try_read(buffer)
                 if count != WOULD_BLOCK:
-                    self.spinner.spun(True)
+                    self.spinner.fruitless = 0
                     return count
-            if now_ns() >= until:
-                self.spinner.spun(False)
+            at_ns = now_ns()
+            until_ns = until_ns or min(deadline_ns, at_ns + budget_ns)
+            if at_ns >= until_ns:
+                self.spinner.fruitless += 1
                 return WOULD_BLOCK
 
     def arm(self) -> bool:

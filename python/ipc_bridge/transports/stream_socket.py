@@ -42,6 +42,8 @@ from ipc_bridge.system import (
 )
 from ipc_bridge.transports.unix_address import BACKLOG, UnixAddress
 
+NOW = int(socket.MSG_DONTWAIT)  # plain numbers: to join two flags of an enum costs 700 ns
+NOW_QUIETLY = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 DEAD_AFTER_MS = 10_000  # unacknowledged data, or silence after probes: the host is gone (tcp(7))
 
 
@@ -53,23 +55,23 @@ class SocketStream(Stream):
         sock.setblocking(True)
         self.spinner = Spinner(wait)
         self._sock = sock
+        self._recv_into, self._send = sock.recv_into, sock.send
         self._poll = select.poll()
         self._poll.register(sock, 0)
 
     def try_read(self, buffer: memoryview) -> int:
         try:
-            return self._sock.recv_into(buffer, 0, socket.MSG_DONTWAIT) or END
+            return self._recv_into(buffer, 0, NOW) or END
         except BlockingIOError:
             return WOULD_BLOCK
         except OSError as error:
             return _end_of(error)
 
     def try_write(self, buffers: Sequence[Buffer]) -> int:
-        flags = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
         try:
             if len(buffers) == 1:
-                return self._sock.send(buffers[0], flags)
-            return self._sock.sendmsg(buffers, (), flags)
+                return self._send(buffers[0], NOW_QUIETLY)
+            return self._sock.sendmsg(buffers, (), NOW_QUIETLY)
         except BlockingIOError:
             return WOULD_BLOCK
         except OSError as error:
@@ -84,7 +86,7 @@ class SocketStream(Stream):
         if deadline_ns != NEVER:
             return super()._sleep_and_read(buffer, deadline_ns)
         try:
-            return self._sock.recv_into(buffer) or END
+            return self._recv_into(buffer) or END
         except OSError as error:
             return _end_of(error)
 
