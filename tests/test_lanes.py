@@ -5,6 +5,7 @@ the other by what these stand for. Then clients and servers over a channel that 
 part of what it is asked for. (Both mixed, in any order: `TwoSessions` of test_session.)
 """
 
+import random
 import struct
 from collections.abc import Sequence
 from typing import Any
@@ -13,9 +14,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ipc_bridge.client import Client
 from ipc_bridge.errors import Error, ProtocolError, Status
-from ipc_bridge.frame import HEADER_BYTES, Kind
-from ipc_bridge.session import State
+from ipc_bridge.frame import HEADER_BYTES, Buffer, Kind
+from ipc_bridge.server import Call, Connection, Service
+from ipc_bridge.session import ClientSession, ServerSession, State
+from ipc_bridge.system import END, NEVER, WOULD_BLOCK, Spinner, Stream, Wait
 from test_session import Either, deliver, fed, had_calls, pair, written
 
 MOST = 2000  # max_payload of both sides
@@ -47,8 +51,9 @@ def bytes_of(fields: tuple[int, int, int, int, int, int], call_id: int) -> bytes
 
 
 def fill(session: Either, data: bytes) -> int:
-    """Put a read's bytes there, without telling anybody."""
-    space = session.decoder.space()
+    """Read on the lane, without telling anybody."""
+    space = session.space if isinstance(session, ClientSession) else session.decoder.fresh_space()
+    assert space is not None
     count = min(len(space), len(data))
     space[:count] = data[:count]
     return count
@@ -56,10 +61,9 @@ def fill(session: Either, data: bytes) -> int:
 
 def state_of(session: Either) -> dict[str, Any]:
     """All that decides what the session does next; the payload by its bytes."""
-    left_out = ("decoder", "outbox", "broken", "payload")
+    left_out = ("decoder", "outbox", "broken", "payload", "space", "status")
     state = {name: value for name, value in vars(session).items() if name not in left_out}
     buffer = session.decoder
-    state["payload"] = bytes(session.payload)
     state["broken"] = str(session.broken)
     state["undecoded"] = bytes(buffer._view[buffer._start : buffer._end])
     state["held"] = buffer._floor
@@ -193,3 +197,150 @@ def test_garbage_before_and_nothing_after() -> None:
     with pytest.raises(ProtocolError):
         deliver(client, frame_of(0, Kind.END, call_id=5))
     assert client.call_small(1, b"", 0) is None
+
+
+# --- the drivers ---
+
+ECHO, FAIL, LEAVE = 1, 2, 3  # methods; after LEAVE the server says GOODBYE
+
+
+class Choppy(Stream):
+    """A stream of one thread: writes and reads take any part, and nothing is waited for in vain."""
+
+    spinner = Spinner(Wait.BLOCK)
+
+    def __init__(self, seed: int, received: bytes = b"") -> None:
+        self.received = received  # and not yet read
+        self.sent = b""
+        self._dice = random.Random(seed)
+
+    def some(self, most: int) -> int:
+        """Mostly all of it."""
+        return self._dice.choice((most, most, most, min(most, 1), min(most, 20), most // 2))
+
+    def on_write(self, data: bytes) -> None:
+        """The peer's side."""
+
+    def try_write(self, buffers: Sequence[Buffer]) -> int:
+        data = b"".join(buffers)
+        count = self.some(len(data)) if self._dice.random() < 0.8 else WOULD_BLOCK
+        self.sent += data[:count]
+        self.on_write(data[:count])
+        return count
+
+    def try_read(self, buffer: memoryview) -> int:
+        count = min(len(buffer), self.some(len(self.received)) or 1, len(self.received))
+        buffer[:count] = self.received[:count]
+        self.received = self.received[count:]
+        return count
+
+    def read(self, buffer: memoryview, deadline_ns: int) -> int:
+        return self.try_read(buffer) if self.received else END
+
+    def wait(self, readable: bool, writable: bool, deadline_ns: int) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return -1
+
+    def interrupt(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Served(Choppy):
+    """Its peer answers at once."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self._server = ServerSession()
+        self.on_write(b"")
+
+    def on_write(self, data: bytes) -> None:
+        server = self._server
+        for event in deliver(server, data):
+            assert event == Kind.CALL
+            if server.method == FAIL:
+                server.fail(Status.ABORTED, "no")
+            else:
+                server.end(bytes(server.payload))
+            if server.method == LEAVE:
+                server.drain()
+            server.decoder.release()
+        self.received += written(server)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_a_client_by_the_lane_or_not(seed: int) -> None:
+    def talk(by_lane: bool) -> tuple[list[str], bytes]:
+        dice = random.Random(seed)
+        stream = Served(seed)
+        client = Client(stream, ClientSession(), "here")
+        client._meet(NEVER)
+        if not by_lane:
+            client._session._small_bytes_max = -1
+        results = []
+        for method in [*dice.choices((ECHO, FAIL), (20, 4), k=30), LEAVE, ECHO]:
+            payload = dice.randbytes(dice.choice((0, 1, 64, 5000, 16384, 16385)))
+            try:
+                reply = client.call(method, payload, dice.choice((None, 100)))
+                assert reply == payload
+                results.append("OK")
+            except Error as error:
+                results.append(str(error))
+        return results, stream.sent
+
+    (results, sent), (general_results, general_sent) = talk(True), talk(False)
+    assert results == general_results
+    # HELLO and 31 calls. Whether GOODBYE is seen before the last is a matter of the reads' sizes.
+    assert frames_of(sent)[:32] == frames_of(general_sent)[:32]
+
+
+def frames_of(data: bytes) -> list[tuple[tuple[int, ...], bytes]]:
+    """The frames; the time that a CALL has left is the clock's affair."""
+    out = []
+    while len(data) >= HEADER_BYTES:
+        header = struct.unpack_from("<IBBHII", data)
+        stop = HEADER_BYTES + header[0]
+        out.append((header[:5] if header[1] == Kind.CALL else header, data[HEADER_BYTES:stop]))
+        data = data[stop:]
+    return out
+
+
+def fails(call: Call, request: memoryview) -> Buffer:
+    raise Error(Status.ABORTED, "no")
+
+
+def looks(call: Call, request: memoryview) -> Buffer:
+    """Takes in what came meanwhile, and answers with the request all the same."""
+    call.is_cancelled()
+    return request
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_a_server_by_the_lane_or_not(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    service = Service()
+    for method, handler in ((1, lambda call, request: request), (2, fails), (3, looks)):
+        service.unary(method, handler)
+    service.streaming(1, lambda call, request: [b"an item"])
+    dice = random.Random(seed)
+    client = ClientSession()
+    asked = written(client)
+    deliver(client, written(ServerSession()))
+    for number in range(1, 31):
+        method = dice.choices((1, 2, 3, 4), (20, 4, 4, 1))[0]
+        payload = dice.randbytes(dice.choice((0, 1, 64, 5000, 16384, 16385)))
+        client.call(method, payload, method == 1 and dice.random() < 0.1, dice.choice((0, 10**6)))
+        asked += written(client)
+        deliver(client, frame_of(0, Kind.END, call_id=number))
+    if dice.random() < 0.3:
+        asked += frame_of(0, Kind.HELLO)
+
+    def serve() -> bytes:
+        stream = Choppy(seed, asked)
+        Connection(stream, service, ServerSession(), lambda connection: None).run()
+        return stream.sent
+
+    sent = serve()
+    monkeypatch.setattr(Connection, "_is_quiet", lambda self: False)
+    assert sent == serve()

@@ -684,7 +684,7 @@ class TwoSessions(RuleBasedStateMachine):
     def client_reads(self, most: int, by_items: bool) -> None:
         on_lane, self.on_lane = self.on_lane, False
         if on_lane:
-            space = self.client.decoder.space()
+            space = self.client.space
             count = min(len(space), len(self.to_client), most)
             space[:count] = self.to_client[:count]
             self.to_client = self.to_client[count:]
@@ -744,8 +744,8 @@ class TwoSessions(RuleBasedStateMachine):
     @precondition(lambda self: self.to_server and self.server_may_read())
     @rule(most=st.sampled_from([1, 5, 16, 40, 1 << 20]), lane=st.booleans())
     def server_reads(self, most: int, lane: bool) -> None:
-        if lane and self.server.state == State.IDLE:
-            space = self.server.decoder.space()
+        space = self.server.decoder.fresh_space() if lane else None
+        if space is not None and self.server.state == State.IDLE:
             count = min(len(space), len(self.to_server), most)
             space[:count] = self.to_server[:count]
             self.to_server = self.to_server[count:]

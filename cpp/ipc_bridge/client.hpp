@@ -339,13 +339,12 @@ class Client : public Caller {
         deadline_ns_ = by_ns;
         try {
             send();
-            while (session_.state == State::HELLO) {
+            while (!decode() && session_.state == State::HELLO) {
                 const std::ptrdiff_t count = stream_->read(session_.decoder.space(), by_ns);
                 if (count == would_block) {
                     throw Error(Status::UNAVAILABLE, "the server said no hello in time", url_);
                 }
                 take(count);
-                decode();
             }
         } catch (const CallError& error) {
             if (error.status == Status::DEADLINE_EXCEEDED) {

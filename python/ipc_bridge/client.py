@@ -72,14 +72,16 @@ class Client:
         being sent.
         """
         session = self._session
-        deadline_ns, left_ms = (NEVER, 0) if timeout is None else self._limits(timeout)
+        deadline_ns, left_ms = NEVER, 0
+        if timeout is not None:
+            deadline_ns, left_ms = self._limits(timeout)
         # The lane first (see session): a small request that leaves in one write, and its answer.
         request = session.call_small(method, payload, left_ms)
         if request is None:
             self._start(method, payload, False, deadline_ns, left_ms)
-        elif self._send_small(request, deadline_ns):
-            count = self._stream.read(session.decoder.space(), deadline_ns)
-            if count > 0 and (deadline_ns == NEVER or now_ns() < deadline_ns):
+        elif self._write_small(request, deadline_ns):
+            count = self._stream.read(session.space, deadline_ns)
+            if count > 0 and (timeout is None or now_ns() < deadline_ns):
                 reply = session.filled_by_reply(count)
                 if reply is not None:
                     return reply
@@ -126,7 +128,7 @@ class Client:
             raise CallError(Status.DEADLINE_EXCEEDED, "the deadline has passed", self.url)
         return deadline_ns, left_ms
 
-    def _send_small(self, request: bytes, deadline_ns: int) -> bool:
+    def _write_small(self, request: bytes, deadline_ns: int) -> bool:
         """Send a CALL on the lane; False: it took more than one write, leave the lane."""
         self._deadline_ns = deadline_ns
         try:
@@ -254,13 +256,12 @@ class Client:
         try:
             self._send()
             session, stream = self._session, self._stream
-            while session.state == State.HELLO:
+            while self._decode() is None and session.state == State.HELLO:
                 count = stream.read(session.decoder.space(), deadline_ns)
                 if count == WOULD_BLOCK:
                     what = "the server said no hello in time"
                     raise Error(Status.UNAVAILABLE, what, self.url)
                 self._take(count)
-                self._decode()
         except CallError as error:
             if error.status == Status.DEADLINE_EXCEEDED:
                 what = "the server said no hello in time"

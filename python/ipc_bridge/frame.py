@@ -239,39 +239,46 @@ class Decoder:
         self._need = 0
         return header
 
-    def filled_by_end(self, count: int, call_id: int) -> memoryview | None:
-        """`filled`, and then the payload of END of `call_id` with OK, if it is all there is to
-        decode, and whole.
+    def fresh_space(self) -> memoryview | None:
+        """`release`, then `space`, provided that nothing is left to decode; else None.
 
-        A lane of small calls, as `filled_by_call`: each knows one kind of frame, and takes it apart
-        by itself. None is anything else; nothing is taken then, and `next` judges it.
+        The lane begins with it: what is read there starts at the front of the buffer. (Not of one
+        that has grown: `space` gives it back after a while.)
         """
-        start = self._start
-        end = self._end = self._end + count
-        size = end - start - HEADER_BYTES
+        if self._start != self._end or self._grown:
+            return None
+        self._start = self._end = self._floor = 0
+        return self._view
+
+    def filled_by_end(self, count: int, call_id: int) -> memoryview | None:
+        """`filled` after `fresh_space`, and then the payload of END of `call_id` with OK, provided
+        that it is all that was read, and whole.
+
+        As `filled_by_call` it knows one kind of frame, and takes it apart by itself. None is
+        anything else; nothing is taken then, and `next` judges it.
+        """
+        self._end = count
+        size = count - HEADER_BYTES
         if size < 0 or size > self.payload_bytes_max:
             return None
-        if _UNPACK(self._buffer, start) != (size, _END, 0, 0, call_id, 0):
+        if _UNPACK(self._buffer) != (size, _END, 0, 0, call_id, 0):
             return None
-        self.payload = payload = self._view[start + HEADER_BYTES : end]
-        self._start = end
-        self._need = 0
-        return payload
+        self._start = count
+        return self._view[HEADER_BYTES:count]
 
     def filled_by_call(self, count: int, call_id: int) -> Header | None:
-        """`filled`, and then the header of a unary CALL `call_id`, its payload in `self.payload`
-        and held as by `hold`, if it is all there is to decode, and whole."""
-        start = self._start
-        end = self._end = self._end + count
-        size = end - start - HEADER_BYTES
+        """`filled` after `fresh_space`, and then the header of a unary CALL `call_id`, its payload
+        in `self.payload` and held as by `hold`, provided that it is all that was read, and whole.
+        """
+        self._end = count
+        size = count - HEADER_BYTES
         if size < 0 or size > self.payload_bytes_max:
             return None
-        header = _UNPACK(self._buffer, start)
+        header = _UNPACK(self._buffer)
         if header[0] != size or header[1] != _CALL or header[2] or header[4] != call_id:
             return None
-        self.payload = self._view[start + HEADER_BYTES : end]
-        self._start = self._floor = end
-        self._need = 0
+        self._start = self._floor = count
+        self.payload = self._view[HEADER_BYTES:count]
         return header
 
     def items(self, call_id: int, index: int, bytes_max: int) -> list[memoryview]:

@@ -140,7 +140,7 @@ class Connection:
         """Serve the client until it goes, breaks the rules, or the server stops."""
         try:
             while self.step():
-                if self.session.state is IDLE and not self.session.outbox.size:
+                if self._is_quiet():
                     self._serve_small()
                 else:
                     self._exchange()
@@ -217,17 +217,17 @@ class Connection:
         elif session.outbox.size:
             self.stream.wait(False, True, NEVER)
         else:
-            self._take(self._await_client(self._hello_deadline_ns))
+            session.decoder.release()
+            deadline_ns = NEVER if self._met else self._hello_deadline_ns
+            self.is_idle = True
+            if not self.draining:  # else whoever set it may have seen us busy and not woken us
+                self._take(self.stream.read(session.decoder.space(), deadline_ns))
+            self.is_idle = False
 
-    def _await_client(self, deadline_ns: int) -> int:
-        """Read while nothing is under way; `stop` may interrupt that."""
-        self.is_idle = True
-        if self.draining:  # whoever set it may have seen us busy and not woken us
-            count = WOULD_BLOCK
-        else:
-            count = self.stream.read(self.session.decoder.space(), deadline_ns)
-        self.is_idle = False
-        return count
+    def _is_quiet(self) -> bool:
+        """No call is running, and nothing of one is left to be written or decoded."""
+        session = self.session
+        return session.state is IDLE and not session.outbox.size and session.decoder.is_clean()
 
     def _read(self, until_ns: int) -> None:
         """Wait, while a call runs, for input (or room, if there is output), and read."""
@@ -280,11 +280,12 @@ class Connection:
     def _serve_small(self) -> None:
         """The lane: `_exchange` and `step` in one, over and over, while the client's calls are
         small unary ones, one by one, and each reply leaves in one write."""
-        session, release = self.session, self.session.decoder.release
-        find_unary, try_write = self._service.find_unary, self.stream.try_write
-        while True:
-            release()
-            count = self._await_client(NEVER)
+        session, fresh_space = self.session, self.session.decoder.fresh_space
+        find_unary, stream = self._service.find_unary, self.stream
+        while (space := fresh_space()) is not None:
+            self.is_idle = True
+            count = WOULD_BLOCK if self.draining else stream.read(space, NEVER)
+            self.is_idle = False
             if count <= 0 or self.draining:
                 self._take(count)
                 return
@@ -304,7 +305,7 @@ class Connection:
                 self._fail_by(error)
                 return
             self._call = None
-            count = try_write((reply,))
+            count = stream.try_write((reply,))
             if count != len(reply) and count != END:
                 session.outbox.put_rest(reply, count)
                 return

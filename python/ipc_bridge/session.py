@@ -18,7 +18,7 @@ from enum import IntEnum
 from typing import Any, ClassVar
 
 from ipc_bridge import frame
-from ipc_bridge.errors import MESSAGE_BYTES_MAX, OK, CallError, ProtocolError, Status, UsageError
+from ipc_bridge.errors import MESSAGE_BYTES_MAX, CallError, ProtocolError, Status, UsageError
 from ipc_bridge.frame import (
     HEADER,
     HEADER_BYTES,
@@ -162,6 +162,7 @@ class ClientSession(Session):
         self._granted = 0  # credit sent since the last read: no item read by then rests on it
         self._owed = 0  # cost of items taken and not yet given back
         self._leaving = False  # the server said GOODBYE
+        self.space = memoryview(b"")  # for the answer to a small call
 
     def call(self, method: int, payload: Buffer, streaming: bool, remaining_ms: int) -> None:
         """Start a call; `remaining_ms` to its deadline, 0 for none.
@@ -192,7 +193,8 @@ class ClientSession(Session):
 
     def call_small(self, method: int, payload: Buffer, remaining_ms: int) -> bytes | None:
         """`call` on the lane: a small unary one, with no other in the air and nothing else to write
-        or to decode. What to write in place of the outbox; None: nothing was done, use `call`."""
+        or to decode. What to write in place of the outbox, then to read into `space`; None: nothing
+        was done, use `call`."""
         size = len(payload)
         call_id = self._next_id
         if (
@@ -202,7 +204,7 @@ class ClientSession(Session):
             or self._leaving
             or self.broken is not None
             or self.outbox.size
-            or not self.decoder.is_clean()
+            or (space := self.decoder.fresh_space()) is None
         ):
             return None
         request = _PACK(size, _CALL, 0, method, call_id, remaining_ms) + payload
@@ -212,16 +214,16 @@ class ClientSession(Session):
         self._next_id = call_id + 1 if call_id < _U32 else 1
         self._streaming = False
         self.state = OPEN
+        self.space = space
         return request
 
     def filled_by_reply(self, count: int) -> memoryview | None:
-        """`filled` and `next_event` on the lane, for the first input after `call_small`: the reply,
-        if END with OK is all there is to decode; None: nothing was decoded, use `next_event`."""
+        """`filled` and `next_event` on the lane, for the first input after `call_small`, read into
+        `space`: the reply, if END with OK is all that was read; None: nothing was decoded, use
+        `next_event`."""
         payload = self.decoder.filled_by_end(count, self._call_id)
         if payload is not None:
             self._answer_id = self._next_id
-            self.status = OK
-            self.payload = payload
             self.state = IDLE
         return payload
 
@@ -442,8 +444,9 @@ class ServerSession(Session):
         return Kind.CALL
 
     def filled_by_call(self, count: int) -> bool:
-        """`filled` and `next_event` on the lane, while IDLE: True for a CALL event, if a small
-        unary one is all there is to decode; False: nothing was decoded, use `next_event`."""
+        """`filled` and `next_event` on the lane, while IDLE, of what was read into `fresh_space` of
+        the decoder: True for a CALL event, if a small unary one is all that was read; False:
+        nothing was decoded, use `next_event`."""
         decoder = self.decoder
         header = decoder.filled_by_call(count, self._next_id)
         if header is None:

@@ -115,8 +115,9 @@ class Stream(ABC):
 
         The usual path of whoever has nothing to write. WOULD_BLOCK is the deadline.
         """
-        spinner = self.spinner
-        budget_ns = 0 if spinner.blocks else spinner.budget_ns()
+        if self.spinner.blocks:
+            return self._sleep_and_read(buffer, deadline_ns)
+        budget_ns = self.spinner.budget_ns()
         if budget_ns:
             count = self._spin(buffer, budget_ns, deadline_ns)
             if count != WOULD_BLOCK or budget_ns == NEVER:
