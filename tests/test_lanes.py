@@ -183,6 +183,16 @@ def test_the_lane_is_for_bytes() -> None:
     assert server.end_small(b"34") == frame_of(2, Kind.END, call_id=1)[:HEADER_BYTES] + b"34"
 
 
+def test_nothing_overtakes_the_outbox() -> None:
+    client, server = ClientSession(), ServerSession()  # what they say first is not written yet
+    deliver(client, written(ServerSession()))
+    assert client.call_small(1, b"", 0) is None
+    assert deliver(server, written(ClientSession()) + frame_of(0, Kind.CALL, 0, 1, 1)) == [
+        Kind.CALL
+    ]
+    assert server.end_small(b"") is None
+
+
 def test_a_large_payload_takes_the_general_path() -> None:
     client, server = pair()
     large = bytes(16385)
