@@ -16,6 +16,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cerrno>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <ctime>
@@ -54,12 +55,17 @@ inline std::int64_t now_ns() {
     return std::int64_t{now.tv_sec} * 1'000'000'000 + now.tv_nsec;
 }
 
-// The deadline `timeout_s` seconds from now; none: `never`.
+// The deadline `timeout_s` seconds from now, which may be below 0; none: `never`.
+//
+// Throws UsageError: INVALID_ARGUMENT for what is not a number.
 inline std::int64_t deadline_after(std::optional<double> timeout_s) {
     if (!timeout_s || *timeout_s > timeout_s_max) {
         return never;
     }
-    return now_ns() + std::max<std::int64_t>(0, static_cast<std::int64_t>(*timeout_s * 1e9));
+    if (std::isnan(*timeout_s)) {
+        throw UsageError(Status::INVALID_ARGUMENT, "a timeout that is not a number");
+    }
+    return now_ns() + static_cast<std::int64_t>(std::max(0.0, *timeout_s) * 1e9);
 }
 
 // Milliseconds to a deadline, rounded up, at least 0; for poll(2) -1 stands for `never`.
@@ -389,7 +395,10 @@ class Lock {
             throw Error(Status::PERMISSION_DENIED, "the lock file is not ours", path_);
         }
         if (retrying([&] { return ::flock(fd.get(), LOCK_EX | LOCK_NB); }) < 0) {
-            throw Error(Status::ALREADY_EXISTS, "another server has this address", path_);
+            if (errno == EWOULDBLOCK) {
+                throw Error(Status::ALREADY_EXISTS, "another server has this address", path_);
+            }
+            throw SystemError("flock", errno, path_);  // of a file system without locks
         }
         struct stat there {};
         if (::lstat(path_.c_str(), &there) == 0 && there.st_ino == mine.st_ino &&

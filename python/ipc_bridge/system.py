@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from enum import StrEnum
 from typing import TypeVar
 
-from ipc_bridge.errors import Error, Status, SystemError
+from ipc_bridge.errors import Error, Status, SystemError, UsageError
 
 Buffer = bytes | bytearray | memoryview
 
@@ -31,6 +31,7 @@ END = -1  # of try_read and try_write: the peer has gone
 ADAPTIVE_SPIN_NS = 50_000  # about what a wake-up across cores costs, so a spin at most doubles it
 SPINS_FRUITLESS_MAX = 8  # then the peer is slow, and spinning only heats
 SPIN_RETRY_WAITS = 64  # how often a peer gets a chance to be quick again
+POLL_MS_MAX = (1 << 31) - 1  # poll(2) takes an int: 24 days; whoever sleeps longer looks again
 SPIN_CLOCK_READS = 16  # reads of the wire for each read of the clock
 
 CONNECT_RETRY_S = (0.001, 0.05)  # first and longest pause between attempts to reach a server
@@ -41,10 +42,15 @@ now_ns = time.monotonic_ns
 
 
 def deadline_after(timeout_s: float | None) -> int:
-    """The deadline `timeout_s` seconds from now; None: NEVER."""
+    """The deadline `timeout_s` seconds from now, which may be below 0; None: NEVER.
+
+    Raises UsageError: INVALID_ARGUMENT for what is not a number.
+    """
     if timeout_s is None or timeout_s > TIMEOUT_S_MAX:
         return NEVER
-    return now_ns() + max(0, int(timeout_s * 1e9))
+    if timeout_s != timeout_s:
+        raise UsageError(Status.INVALID_ARGUMENT, "a timeout that is not a number")
+    return now_ns() + int(max(0.0, timeout_s) * 1e9)
 
 
 def remaining_ms(deadline_ns: int) -> int:
@@ -251,10 +257,9 @@ def sleep_until_ready(poll: select.poll, deadline_ns: int) -> bool:
     """
     if deadline_ns == NEVER:
         return bool(poll.poll())
-    left_ns = deadline_ns - now_ns()
-    if left_ns >= 1_000_000 and poll.poll(left_ns // 1_000_000):
-        return True
-    left_ns = deadline_ns - now_ns()
+    while (left_ns := deadline_ns - now_ns()) >= 1_000_000:
+        if poll.poll(min(left_ns // 1_000_000, POLL_MS_MAX)):
+            return True
     if left_ns > 0:
         time.sleep(left_ns / 1e9)
     return bool(poll.poll(0))
@@ -309,6 +314,8 @@ class Lock:
         except BlockingIOError:
             what = "another server has this address"
             raise Error(Status.ALREADY_EXISTS, what, self.path) from None
+        except OSError as error:  # of a file system without locks
+            raise SystemError("flock", error.errno or 0, self.path) from None
         with contextlib.suppress(FileNotFoundError):
             there = os.stat(self.path, follow_symlinks=False)
             if (there.st_ino, there.st_dev) == (mine.st_ino, mine.st_dev):

@@ -201,7 +201,9 @@ class PipeStream : public Stream {
         if (wakeup_) {
             fds[count++] = {wakeup_->fileno(), POLLIN, 0};
         }
-        fds[count++] = {read_fd_.get(), static_cast<short>(readable ? POLLIN : 0), 0};
+        if (readable) {  // else its end-of-file, which no mask hides, would keep poll(2) busy
+            fds[count++] = {read_fd_.get(), POLLIN, 0};
+        }
         if (writable) {
             fds[count++] = {write_fd_.get(), POLLOUT, 0};
         }
@@ -265,9 +267,15 @@ class PipeListener : public Listener {
         url = std::move(url_);
         const std::string listen = path_ + "/listen";
         checked(::mkfifo(listen.c_str(), 0600), "mkfifo", listen);
-        fd_ = pipe_detail::open_fifo(listen, O_RDONLY);
-        // A writer of our own: without one, the end-of-file between two clients keeps poll(2) busy.
-        writer_fd_ = pipe_detail::open_fifo(listen, O_WRONLY);
+        try {
+            fd_ = pipe_detail::open_fifo(listen, O_RDONLY);
+            // A writer of our own: without one, the end-of-file between two clients keeps poll(2)
+            // busy.
+            writer_fd_ = pipe_detail::open_fifo(listen, O_WRONLY);
+        } catch (...) {
+            ::unlink(listen.c_str());
+            throw;
+        }
     }
     ~PipeListener() override { PipeListener::close(); }
 

@@ -81,12 +81,16 @@ class PipeStream(Stream):
         os.set_blocking(write_fd, False)
         self._readable = select.poll()
         self._readable.register(read_fd, select.POLLIN)
+        self._writable = select.poll()
+        self._writable.register(write_fd, select.POLLOUT)
         self._any = select.poll()
+        self._any.register(read_fd, select.POLLIN)
+        self._any.register(write_fd, select.POLLOUT)
         self._wakeup = Wakeup() if server else None
         self._interrupted = False
         if self._wakeup:
-            self._readable.register(self._wakeup, select.POLLIN)
-            self._any.register(self._wakeup, select.POLLIN)
+            for poll in (self._readable, self._writable, self._any):
+                poll.register(self._wakeup, select.POLLIN)
         for fd in (read_fd, write_fd):
             with contextlib.suppress(OSError):  # beyond the user's share: smaller pipes work too
                 if fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ) < PIPE_BYTES:
@@ -110,9 +114,9 @@ class PipeStream(Stream):
     def wait(self, readable: bool, writable: bool, deadline_ns: int) -> bool:
         if not writable:
             return self._interrupted or sleep_until_ready(self._readable, deadline_ns)
-        self._any.register(self._read_fd, select.POLLIN if readable else 0)
-        self._any.register(self._write_fd, select.POLLOUT)
-        return self._interrupted or sleep_until_ready(self._any, deadline_ns)
+        # Unless it is wanted, its end-of-file, which no mask hides, would keep poll(2) busy.
+        poll = self._any if readable else self._writable
+        return self._interrupted or sleep_until_ready(poll, deadline_ns)
 
     def _sleep_and_read(self, buffer: memoryview, deadline_ns: int) -> int:
         if self._blocking and deadline_ns == NEVER:
@@ -178,6 +182,8 @@ class Pipe(Transport):
             return PipeListener(self.path, self.url, self._wait, lock, made)
         except BaseException:
             lock.close()
+            if made:
+                os.rmdir(self.path)
             raise
 
     def _attempt(self, deadline_ns: int) -> Stream | None:
@@ -201,16 +207,15 @@ class Pipe(Transport):
             # reader that stands in for the server, without which ours for writing would not open;
             # it leaves when the server has come, else the server would read a false end-of-file.
             read_fd = _open_fifo(paths[0], os.O_RDONLY)
-            kept = contextlib.ExitStack()
+            kept = undo.enter_context(contextlib.ExitStack())
             kept.callback(os.close, read_fd)
             stand_in_fd = _open_fifo(paths[1], os.O_RDONLY)
             undo.callback(os.close, stand_in_fd)
             write_fd = _open_fifo(paths[1], os.O_WRONLY)
             kept.callback(os.close, write_fd)
-            with kept:
-                if _knock(listen_fd, name) and _await_answer(read_fd, listen_fd, deadline_ns):
-                    kept.pop_all()
-                    return PipeStream(read_fd, write_fd, self._wait, lambda: None, server=False)
+            if _knock(listen_fd, name) and _await_answer(read_fd, listen_fd, deadline_ns):
+                kept.pop_all()
+                return PipeStream(read_fd, write_fd, self._wait, lambda: None, server=False)
         return None
 
 
@@ -244,12 +249,19 @@ class PipeListener(Listener):
         self._names: list[str] = []
         self._line = b""  # the start of a line
         self._stopped = False
-        with checked("mkfifo", f"{path}/listen"):
-            os.mkfifo(f"{path}/listen", 0o600)
-        self._fd = _open_fifo(f"{path}/listen", os.O_RDONLY)
-        # A writer of our own: without one, the end-of-file between two clients keeps poll(2) busy.
-        self._writer_fd = _open_fifo(f"{path}/listen", os.O_WRONLY)
-        self._wakeup = Wakeup()
+        listen = f"{path}/listen"
+        with contextlib.ExitStack() as undo:
+            with checked("mkfifo", listen):
+                os.mkfifo(listen, 0o600)
+            undo.callback(_unlink, listen)
+            self._fd = _open_fifo(listen, os.O_RDONLY)
+            undo.callback(os.close, self._fd)
+            # A writer of our own: without one, the end-of-file between two clients keeps poll(2)
+            # busy.
+            self._writer_fd = _open_fifo(listen, os.O_WRONLY)
+            undo.callback(os.close, self._writer_fd)
+            self._wakeup = Wakeup()
+            undo.pop_all()
 
     def accept(self) -> Stream | None:
         poll = select.poll()
@@ -331,7 +343,9 @@ def _open_fifo(path: str, flags: int) -> int:
 
 def _sweep(path: str) -> None:
     """Remove what a dead server and its clients left; only under the lock, and only ours."""
-    for entry in os.scandir(path):
+    with checked("opendir", path):
+        entries = list(os.scandir(path))
+    for entry in entries:
         if entry.name != "listen" and not PAIR.fullmatch(entry.name):
             continue
         info = entry.stat(follow_symlinks=False)
@@ -343,7 +357,7 @@ def _sweep(path: str) -> None:
 
 
 def _unlink(path: str) -> None:
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(OSError):
         os.unlink(path)
 
 
@@ -366,9 +380,13 @@ class Stdio(Transport):
             child = subprocess.Popen(self.words, bufsize=0, stdin=pipe, stdout=pipe)
         assert child.stdin is not None
         assert child.stdout is not None
-        read_fd, write_fd = os.dup(child.stdout.fileno()), os.dup(child.stdin.fileno())
-        child.stdout.close()
-        child.stdin.close()
+        with contextlib.ExitStack() as undo:
+            undo.callback(_reap, child)
+            with child.stdin, child.stdout, checked("dup", self.url):
+                read_fd = os.dup(child.stdout.fileno())
+                undo.callback(os.close, read_fd)
+                write_fd = os.dup(child.stdin.fileno())
+            undo.pop_all()
         return PipeStream(read_fd, write_fd, self._wait, lambda: _reap(child), server=False)
 
     def listen(self) -> Listener:
@@ -380,13 +398,20 @@ class Stdio(Transport):
             if not stat.S_ISFIFO(mode):
                 what = f"fd {fd} is not a pipe; a client starts this program: stdio:COMMAND"
                 raise Error(Status.FAILED_PRECONDITION, what, self.url)
-        read_fd = fcntl.fcntl(0, fcntl.F_DUPFD_CLOEXEC, 3)
-        write_fd = fcntl.fcntl(1, fcntl.F_DUPFD_CLOEXEC, 3)
-        null_fd = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-        os.dup2(null_fd, 0)
-        os.close(null_fd)
-        os.dup2(2, 1)
-        return StdioListener(self.url, read_fd, write_fd, self._wait)
+        with contextlib.ExitStack() as undo:
+            with checked("fcntl", self.url):
+                read_fd = fcntl.fcntl(0, fcntl.F_DUPFD_CLOEXEC, 3)
+                undo.callback(os.close, read_fd)
+                write_fd = fcntl.fcntl(1, fcntl.F_DUPFD_CLOEXEC, 3)
+                undo.callback(os.close, write_fd)
+            with checked("open", os.devnull):
+                null_fd = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+            os.dup2(null_fd, 0)
+            os.close(null_fd)
+            os.dup2(2, 1)
+            listener = StdioListener(self.url, read_fd, write_fd, self._wait)
+            undo.pop_all()
+            return listener
 
 
 class StdioListener(Listener):
@@ -416,6 +441,10 @@ class StdioListener(Listener):
 
     def close(self) -> None:
         self._stopped = True
+        stream, self._stream = self._stream, None
+        if stream is not None:  # nobody accepted it
+            stream.close()
+        self._gone.close()
         self._wakeup.close()
 
 

@@ -25,6 +25,7 @@ from ipc_bridge.system import (
     END,
     EXHAUSTED,
     NEVER,
+    POLL_MS_MAX,
     RETRY_NS,
     WOULD_BLOCK,
     Buffer,
@@ -186,9 +187,14 @@ class Unix(Transport):
 
     def listen(self) -> Listener:
         door = self._address.listen()
-        return SocketListener(
-            door.sock, self.url, self._wait, lambda peer: check_peer(peer, self.url), door.close
-        )
+        try:
+            return SocketListener(
+                door.sock, self.url, self._wait, lambda peer: check_peer(peer, self.url), door.close
+            )
+        except BaseException:
+            door.sock.close()
+            door.close()
+            raise
 
 
 class Tcp(Transport):
@@ -207,10 +213,11 @@ class Tcp(Transport):
     def connect(self, deadline_ns: int) -> Stream:
         def attempt() -> socket.socket:
             family, address = self._resolve()
-            sock = socket.socket(family, socket.SOCK_STREAM)
+            sock = _make_socket(family)
             try:
                 if deadline_ns != NEVER:
-                    sock.settimeout(max(0.001, (deadline_ns - now_ns()) / 1e9))
+                    left_s = max(0.001, (deadline_ns - now_ns()) / 1e9)
+                    sock.settimeout(min(left_s, POLL_MS_MAX / 1000))
                 sock.connect(address)
                 if sock.getsockname() == sock.getpeername():
                     # A port of the ephemeral range with no server: TCP may meet itself there.
@@ -232,29 +239,34 @@ class Tcp(Transport):
         if not self._allow_remote and not ipaddress.ip_address(address[0]).is_loopback:
             what = "not a loopback address; ?allow_remote=1 serves other hosts, unencrypted"
             raise Error(Status.PERMISSION_DENIED, what, self.url)
-        sock = socket.socket(family, socket.SOCK_STREAM)
+        sock = _make_socket(family)
         try:
             # Else the connections of an earlier server block its port for a minute: socket(7).
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             with checked("bind", self.url):
                 sock.bind(address)
                 sock.listen(BACKLOG)
+            url = _tcp_url(self.host, sock.getsockname()[1])
+            return SocketListener(sock, url, self._wait, _prepare, lambda: None)
         except BaseException:
             sock.close()
             raise
-        url = _tcp_url(self.host, sock.getsockname()[1])
-        return SocketListener(sock, url, self._wait, _prepare, lambda: None)
 
     def _resolve(self) -> tuple[socket.AddressFamily, tuple[str, int]]:
         try:
             found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
-        except OSError:
+        except (OSError, UnicodeError):  # the latter for what no name of a host can be
             raise Error(Status.NOT_FOUND, "unknown host", self.url) from None
         return found[0][0], (str(found[0][4][0]), self.port)
 
 
 def _tcp_url(host: str, port: int) -> str:
     return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+
+
+def _make_socket(family: socket.AddressFamily) -> socket.socket:
+    with checked("socket", "tcp"):
+        return socket.socket(family, socket.SOCK_STREAM)
 
 
 def _prepare(sock: socket.socket) -> None:

@@ -58,7 +58,7 @@ class UnixAddress:
     def attempt(self) -> socket.socket:
         """Try once: a socket in non-blocking mode. Raises OSError, one of LATER if the server is
         not there yet; and Error: PERMISSION_DENIED."""
-        sock = socket.socket(socket.AF_UNIX, self._kind)
+        sock = self._make_socket()
         try:
             sock.setblocking(False)
             sock.connect(self.path)
@@ -70,32 +70,37 @@ class UnixAddress:
 
     def listen(self) -> UnixDoor:
         """Become its server. Raises as Transport.listen."""
-        lock = Lock(self.path + ".lock")
-        sock = socket.socket(socket.AF_UNIX, self._kind)
-        try:
+        with contextlib.ExitStack() as undo:
+            lock = Lock(self.path + ".lock")
+            undo.callback(lock.close)
+            sock = self._make_socket()
+            undo.callback(sock.close)
             self._reclaim()
             with checked("bind", self.path):
                 os.fchmod(sock.fileno(), 0o600)  # the file is born with this mode
                 sock.bind(self.path)
                 sock.listen(BACKLOG)
-                return UnixDoor(sock, lock, self.path)
-        except BaseException:
-            sock.close()
-            lock.close()
-            raise
+                door = UnixDoor(sock, lock, self.path)
+            undo.pop_all()
+            return door
+
+    def _make_socket(self) -> socket.socket:
+        with checked("socket", self.url):
+            return socket.socket(socket.AF_UNIX, self._kind)
 
     def _reclaim(self) -> None:
         """Remove a dead server's socket; only under the lock, and only if it is ours."""
         try:
             info = os.stat(self.path, follow_symlinks=False)
-        except FileNotFoundError:
+        except OSError:
             return
         if not stat.S_ISSOCK(info.st_mode) or info.st_uid != os.geteuid():
             what = "something that is not our socket is in the way"
             raise Error(Status.ALREADY_EXISTS, what, self.path)
-        with socket.socket(socket.AF_UNIX, self._kind) as probe:
+        with self._make_socket() as probe:
             probe.setblocking(False)
             if probe.connect_ex(self.path) != errno.ECONNREFUSED:
                 what = "another program listens on this socket"
                 raise Error(Status.ALREADY_EXISTS, what, self.path)
-        os.unlink(self.path)
+        with contextlib.suppress(OSError):  # then it is bind that fails
+            os.unlink(self.path)
