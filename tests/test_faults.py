@@ -9,6 +9,7 @@ import gc
 import os
 import random
 import resource
+import select
 import shutil
 import signal
 import socket
@@ -71,6 +72,7 @@ from faults_support import (
 )
 from ipc_bridge import Bridge, CallError, Error, Status, connect, transport
 from ipc_bridge.service import Pattern
+from ipc_bridge.transports.pipe import PipeStream
 
 DATA_LOSS = EXIT_STATUS + Status.DATA_LOSS
 DEADLINE_EXCEEDED = EXIT_STATUS + Status.DEADLINE_EXCEEDED
@@ -871,7 +873,114 @@ def test_a_server_out_of_descriptors(scheme: str, server: str, spare: int, place
             assert bytes(bridge.echo(b"again", timeout=1.0)) == b"again"
 
 
+@of_servers
+def test_a_server_out_of_memory_turns_one_client_away(server: str, place: Path) -> None:
+    """Who asks for more than there is goes, and nobody else does."""
+    if SANITIZED and server == "cpp":
+        pytest.skip("a sanitizer reserves more than any limit")
+    url = address("unix", place)
+    with served(url, server, "--max-payload", "2GiB") as up, connect(up.url) as control:
+        control.echo(b"warm")
+        resource.prlimit(up.pid, resource.RLIMIT_AS, (1200 * MIB, resource.RLIM_INFINITY))
+        with Raw.connect(up.url) as raw:
+            raw.send(hello() + header(CALL_KIND, 1500 * MIB, code=1, call_id=1))
+            _, answer = raw.frames()
+            assert (answer.kind, answer.call_id) == (END_KIND, 0)
+            assert answer.code == Status.RESOURCE_EXHAUSTED
+            assert answer.payload == b"the server is out of memory"
+        assert bytes(control.echo(b"still here", timeout=2.0)) == b"still here"
+
+
+@of_servers
+def test_who_only_stops_sending_keeps_no_thread_busy(server: str, place: Path) -> None:
+    """Its end-of-file shows while the server waits to write an answer that is not read."""
+    with served(address("pipe", place), server) as up, Raw.connect(up.url) as raw:
+        raw.send(hello() + call(1, bytes(MIB)))
+        tasks = Path(f"/proc/{up.pid}/task")
+
+        def all_sleep() -> bool:
+            states = [(one / "stat").read_text().rpartition(")")[2][1] for one in tasks.iterdir()]
+            return set(states) == {"S"}
+
+        assert isinstance(raw.stream, PipeStream)
+        assert until(all_sleep)
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), raw.stream._write_fd, inheritable=False)
+        for _ in range(20):
+            time.sleep(0.01)
+            assert all_sleep()
+        _, answer = raw.frames(2)
+        assert (answer.kind, len(answer.payload)) == (END_KIND, MIB)
+
+
 CROWD_S = 5.0 if SANITIZED else 1.0
+STRANGERS_MAX = 256
+
+
+@of_servers
+@pytest.mark.parametrize("scheme", ["unix", "tcp"])
+def test_a_crowd_has_a_bound(scheme: str, server: str, place: Path) -> None:
+    """However quickly they come: the oldest makes room before the next is let in."""
+    with served(address(scheme, place), server) as up, ExitStack() as crowd:
+        most = 0
+        for number in range(800):
+            crowd.enter_context(Raw.connect(up.url))
+            if number % 10 == 0:
+                most = max(most, threads(up.pid))
+        assert max(most, threads(up.pid)) <= STRANGERS_MAX + 8  # of its own, or about to end
+
+
+@of_servers
+@over_transports
+def test_ten_thousand_come_and_go(scheme: str, server: str, place: Path) -> None:
+    """Row 27: fds, threads and memory stay what they were."""
+    many = 1000 if SANITIZED else 10_000
+    with served(address(scheme, place), server) as up:
+
+        def come_and_go(count: int) -> tuple[int, int, int]:
+            for number in range(count):
+                with Raw.connect(up.url) as raw:
+                    raw.send(hello() + call(1, b"x" * (number % 100)))
+                    if number % 10 == 0:  # the others leave without a word
+                        assert len(raw.frames(2)) == 2
+            assert until(lambda: threads(up.pid) <= quiet)
+            return fds(up.pid), threads(up.pid), rss_bytes(up.pid)
+
+        with connect(up.url) as control:
+            control.echo(b"warm")
+        quiet = 2  # the acceptor, and in C++ the thread of the signals
+        assert until(lambda: threads(up.pid) <= quiet)
+        before = come_and_go(many // 10)
+        after = come_and_go(many - many // 10)
+        assert after[:2] == before[:2]
+        if not SANITIZED:
+            assert after[2] - before[2] < 8 * MIB
+
+
+@of_servers
+@over_transports
+def test_a_hundred_clients_share_fairly(scheme: str, server: str, place: Path) -> None:
+    """Row 27: each has its turn, max/min < 10. One loop asks all of them, so that it is the server
+    that shares, and not the clients' scheduler."""
+    with served(address(scheme, place), server) as up, ExitStack() as crowd:
+        poll = select.poll()
+        raws: dict[int, Raw] = {}
+        for _ in range(100):
+            raw = crowd.enter_context(Raw.connect(up.url))
+            raw.send(hello())
+            assert len(raw.frames(1)) == 1
+            raw.send(call(1, b"x"))
+            raws[raw.stream.fileno()] = raw
+            poll.register(raw.stream.fileno(), select.POLLIN)
+        answers = dict.fromkeys(raws, 0)
+        buffer = memoryview(bytearray(MIB))
+        end_s = time.monotonic() + 2.0
+        while time.monotonic() < end_s:
+            for fd, _ in poll.poll(100):
+                raws[fd].stream.try_read(buffer)  # one short answer, whole
+                answers[fd] += 1
+                raws[fd].send(call(answers[fd] + 1, b"x"))
+        assert min(answers.values()) * 10 > max(answers.values())
 
 
 @of_servers

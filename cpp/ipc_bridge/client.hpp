@@ -148,6 +148,7 @@ class Client : public Caller {
     // Close the connection; an open call is cancelled by that. Idempotent.
     void close() override {
         session_.state = State::CLOSED;
+        session_.outbox.clear();
         stream_->close();
     }
 
@@ -183,6 +184,9 @@ class Client : public Caller {
                 client_.write();
             }
             try {
+                if (session.state == State::CLOSED) {  // by its owner, in mid-stream
+                    throw CallError(Status::UNAVAILABLE, "the connection is closed", client_.url_);
+                }
                 if (client_.is_late()) {
                     client_.expire();
                 }

@@ -22,6 +22,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <optional>
 #include <string>
 #include <system_error>
@@ -181,6 +182,8 @@ class Connection {
             session.farewell(error.status, error.message);
         } catch (const Error& error) {  // a refusal, a system call that failed
             session.farewell(error.status, error.message);
+        } catch (const std::bad_alloc&) {  // no room for a payload: its client goes, nobody else
+            session.farewell(Status::RESOURCE_EXHAUSTED, "the server is out of memory");
         }
         session.outbox.own();  // what is not sent yet may be the handler's, which goes now
         close_handler();
@@ -497,8 +500,20 @@ class Server {
     // Serve until `stop`, or until the transport can bring no further client; then let running
     // calls end within the grace, and cut what is left.
     void run() {
-        while (auto stream = listener_->accept()) {
-            welcome(std::move(stream));
+        {
+            const std::lock_guard lock(shared_->mutex);
+            if (closed_) {
+                return;
+            }
+            running_ = true;
+        }
+        try {
+            while (auto stream = listener_->accept()) {
+                welcome(std::move(stream));
+            }
+        } catch (...) {
+            drain();
+            throw;
         }
         drain();
     }
@@ -506,8 +521,17 @@ class Server {
     // From any thread, or a signal handler: make `run` return.
     void stop() { listener_->interrupt(); }
 
-    // Stop listening, and remove the address. Idempotent; `run` ends with it.
-    void close() { listener_->close(); }
+    // Stop listening, and remove the address. From any thread: a `run` under way is told to `stop`,
+    // and does it. Idempotent.
+    void close() {
+        const std::lock_guard lock(shared_->mutex);
+        closed_ = true;
+        if (running_) {
+            listener_->interrupt();
+        } else {
+            listener_->close();
+        }
+    }
 
   private:
     // What the threads of connections hold on to; they may outlive the server, if a handler does.
@@ -531,11 +555,15 @@ class Server {
                         " clients and takes no more"
                 );
             }
-            const auto found =
-                std::find_if(strangers.begin(), strangers.end(), [&](const auto& one) {
-                    return one.get() == &connection;
-                });
-            clients.splice(clients.end(), strangers, found);
+            clients.splice(clients.end(), strangers, find_stranger(connection));
+            changed.notify_all();
+        }
+
+        std::list<std::shared_ptr<Connection>>::iterator find_stranger(const Connection& connection
+        ) {
+            return std::find_if(strangers.begin(), strangers.end(), [&](const auto& one) {
+                return one.get() == &connection;
+            });
         }
 
         void forget(const std::shared_ptr<Connection>& connection) {
@@ -568,16 +596,24 @@ class Server {
             [&all = *shared](Connection& one) { all.on_hello(one); }
         );
         {
-            const std::lock_guard lock(shared->mutex);
+            std::unique_lock lock(shared->mutex);
             if (shared->strangers.size() >= strangers_max) {
-                shared->strangers.front()->cut = true;
-                shared->strangers.front()->stream->interrupt();
+                const auto oldest = shared->strangers.front();
+                oldest->cut = true;
+                oldest->stream->interrupt();
+                // They come faster than threads end; without this wait there is no bound.
+                shared->changed.wait_for(lock, std::chrono::duration<double>(cut_s), [&] {
+                    return shared->find_stranger(*oldest) == shared->strangers.end();
+                });
             }
             shared->strangers.push_back(connection);
         }
         try {
             std::thread([shared, connection] {
-                connection->run();
+                try {
+                    connection->run();
+                } catch (const std::exception&) {  // whatever it is, it ends this connection only
+                }
                 shared->forget(connection);
             }).detach();
         } catch (const std::system_error&) {  // no further thread: this client is turned away
@@ -609,6 +645,8 @@ class Server {
 
     std::shared_ptr<Shared> shared_;
     std::unique_ptr<Listener> listener_;
+    bool running_ = false;  // then the listener is for `run` to close
+    bool closed_ = false;
 };
 
 }  // namespace ipc_bridge

@@ -4,6 +4,7 @@
 // a typed face over `call` and `call_stream`. The contract is proto/bridge.proto.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -31,6 +32,8 @@ inline constexpr std::uint16_t stream_method = 2;
 inline constexpr std::size_t pattern_period = 65521;
 inline constexpr std::size_t item_stride = 257;
 inline constexpr std::size_t stamp_bytes = 8;  // monotonic ns
+// A century after the first item: any rate above 0 is legal, however low.
+inline constexpr double due_ns_max = 4e18;
 
 // The bytes of every item of one size (bridge.proto).
 class Pattern {
@@ -93,8 +96,9 @@ inline Producer paced(std::shared_ptr<const Pattern> items, const StreamRequest&
         }
         if (asked.rate_hz() > 0) {
             const auto due_ns =
-                began_ns +
-                static_cast<std::int64_t>(static_cast<double>(index) * 1e9 / asked.rate_hz());
+                began_ns + static_cast<std::int64_t>(std::min(
+                               static_cast<double>(index) * 1e9 / asked.rate_hz(), due_ns_max
+                           ));
             if (now_ns() < due_ns) {
                 return Pause{due_ns};
             }

@@ -105,6 +105,7 @@ class Client:
     def close(self) -> None:
         """Close the connection; an open call is cancelled by that. Idempotent."""
         self._session.state = State.CLOSED
+        self._session.outbox.clear()
         self._stream.close()
 
     def __enter__(self) -> Self:
@@ -309,6 +310,8 @@ class Items:
         session = client._session
         try:
             while True:
+                if session.state == State.CLOSED:  # by its owner, in mid-stream
+                    raise CallError(Status.UNAVAILABLE, "the connection is closed", client.url)
                 if client._is_late():
                     client._expire()
                 views = session.items()

@@ -27,6 +27,7 @@ BUFFER_BYTES = 256 << 10  # a socket's buffer holds about as much, so one read e
 JOIN_BYTES_MAX = 16 << 10  # below this, copying a payload is cheaper than a further iovec
 IOVEC_MAX = 1024  # IOV_MAX, <limits.h>
 IDLE_REFILLS_MAX = 256  # refills without need of a grown buffer before it is given back
+WIDE = 'a payload is a view of elements wider than a byte; cast it: memoryview(it).cast("B")'
 
 Buffer = bytes | bytearray | memoryview
 
@@ -124,16 +125,23 @@ class Outbox:
         self._small = 0  # how many small frames stand at its end, not yet joined
 
     def put(self, header: bytes, payload: Buffer = b"") -> None:
-        """Append one frame."""
+        """Append one frame. Raises TypeError, and appends nothing, for a payload that is no bytes,
+        or a view of wider elements: the header says how many bytes follow."""
         count = len(payload)
-        self.size += HEADER_BYTES + count
-        self._small += 1
         if count <= JOIN_BYTES_MAX:
-            self._queue.append(header + payload)
+            joined = header + payload
+            if len(joined) != HEADER_BYTES + count:
+                raise TypeError(WIDE)
+            self._small += 1
+            self._queue.append(joined)
         else:
+            if len(memoryview(payload).cast("B")) != count:
+                raise TypeError(WIDE)
+            self._small += 1
             self._queue.append(header)
             self._join()
             self._queue.append(payload)
+        self.size += HEADER_BYTES + count
 
     def put_rest(self, frame: bytes, count: int) -> None:
         """Append one frame, whose first `count` bytes were written already."""

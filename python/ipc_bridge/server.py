@@ -147,6 +147,9 @@ class Connection:
         except Error as error:  # a ProtocolError, a refusal, a system call that failed
             log.info("connection ended: %s", error)
             self.session.farewell(error.status, error.what)
+        except MemoryError:  # no room for a payload: its client goes, nobody else
+            what = "the server is out of memory"
+            self.session.farewell(Status.RESOURCE_EXHAUSTED, what)
         finally:
             self.session.outbox.own()  # what is not sent yet may be the handler's, which goes now
             self._close_handler()
@@ -418,12 +421,18 @@ class Server:
         self._changed = threading.Condition()
         self._strangers: dict[Connection, None] = {}  # have not said hello; the oldest first
         self._clients: dict[Connection, None] = {}
+        self._running = False  # then the listener is `run`'s to close
+        self._closed = False
         self._listener = transport.listen()
         self.url = self._listener.url
 
     def run(self) -> None:
         """Serve until `stop`, or until the transport can bring no further client; then let
         running calls end within the grace, and cut what is left."""
+        with self._changed:
+            if self._closed:
+                return
+            self._running = True
         try:
             while (stream := self._listener.accept()) is not None:
                 self._welcome(stream)
@@ -432,11 +441,18 @@ class Server:
 
     def stop(self) -> None:
         """From any thread, or a signal handler: make `run` return."""
-        self._listener.interrupt()
+        with self._changed:  # else it might be closed meanwhile. A handler may: it is reentrant
+            self._listener.interrupt()
 
     def close(self) -> None:
-        """Stop listening, and remove the address. Idempotent; `run` ends with it."""
-        self._listener.close()
+        """Stop listening, and remove the address. From any thread: a `run` under way is told to
+        `stop`, and does it. Idempotent."""
+        with self._changed:
+            self._closed = True
+            if self._running:
+                self._listener.interrupt()
+            else:
+                self._listener.close()
 
     def __enter__(self) -> Self:
         return self
@@ -458,6 +474,8 @@ class Server:
                 oldest = next(iter(self._strangers))
                 oldest.cut = True
                 oldest.stream.interrupt()
+                # They come faster than threads end; without this wait there is no bound.
+                self._changed.wait_for(lambda: oldest not in self._strangers, CUT_S)
             self._strangers[connection] = None
             self._tell_crowd()
         try:
@@ -481,6 +499,7 @@ class Server:
                 raise Error(Status.RESOURCE_EXHAUSTED, what)
             self._strangers.pop(connection, None)
             self._clients[connection] = None
+            self._changed.notify_all()
 
     def _forget(self, connection: Connection) -> None:
         with self._changed:

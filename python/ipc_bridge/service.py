@@ -22,6 +22,7 @@ STREAM = 2
 PATTERN_PERIOD = 65521  # a prime: no item size divides it, so a shifted item never verifies
 ITEM_STRIDE = 257
 STAMP = struct.Struct("<Q")  # monotonic ns
+DUE_NS_MAX = 4e18  # a century after the first item: any rate above 0 is legal, however low
 
 _PERIOD = bytes((k * k + (k >> 8)) % 251 for k in range(PATTERN_PERIOD))
 
@@ -82,7 +83,7 @@ def _paced(items: Pattern, asked: StreamRequest) -> Iterator[Item]:
     stamped = bytearray(items.size)
     for index in range(asked.count):
         if asked.rate_hz:
-            due_ns = began_ns + int(index * 1e9 / asked.rate_hz)
+            due_ns = began_ns + int(min(index * 1e9 / asked.rate_hz, DUE_NS_MAX))
             if now_ns() < due_ns:
                 yield Pause(due_ns)
         if asked.stamped:

@@ -1,0 +1,92 @@
+// The server and the client as objects. Its Python twin is tests/test_server.py.
+#include <stdlib.h>
+#include <unistd.h>
+
+#include <cmath>
+#include <limits>
+#include <optional>
+#include <string>
+#include <thread>
+
+#include <doctest/doctest.h>
+
+#include <ipc_bridge/endpoint.hpp>
+
+namespace {
+
+using namespace ipc_bridge;
+
+constexpr double answer_s = 10;
+
+// A directory of its own, empty in the end.
+struct Place {
+    Place() {
+        char name[] = "/tmp/ipcb-server-XXXXXX";
+        REQUIRE(::mkdtemp(name) != nullptr);
+        path = name;
+    }
+    ~Place() { CHECK(::rmdir(path.c_str()) == 0); }
+    Place(const Place&) = delete;
+    Place& operator=(const Place&) = delete;
+    std::string path;
+};
+
+}  // namespace
+
+TEST_CASE("close ends a run in another thread") {
+    const Place place;
+    for (const std::string& url :
+         {"unix://" + place.path + "/s",
+          "pipe://" + place.path + "/p",
+          std::string("tcp://127.0.0.1:0")}) {
+        const auto server = serve(url);
+        std::thread thread([&] { server->run(); });
+        {
+            Bridge bridge = connect(server->url);
+            bridge.echo(bytes_of("it runs"), answer_s);
+        }
+        server->close();
+        thread.join();
+        server->close();
+        server->run();  // at once
+    }
+}
+
+TEST_CASE("a closed server does not run") {
+    const Place place;
+    const auto server = serve("unix://" + place.path + "/s");
+    server->close();
+    server->run();
+}
+
+TEST_CASE("a connection closed in mid-stream says so") {
+    const Place place;
+    const auto server = serve("unix://" + place.path + "/s");
+    std::thread thread([&] { server->run(); });
+    {
+        ConnectOptions options;
+        options.window_bytes = 1;
+        Bridge bridge = connect(server->url, options);
+        Items items = bridge.stream(5, 100'000, 0, false, answer_s);
+        REQUIRE(items.next());
+        bridge.close();
+        CHECK_THROWS_WITH_AS(
+            items.next(),
+            ("UNAVAILABLE: the connection is closed, " + server->url).c_str(),
+            CallError
+        );
+    }
+    server->stop();
+    thread.join();
+}
+
+TEST_CASE("what a timeout may be") {
+    constexpr double infinity = std::numeric_limits<double>::infinity();
+    const std::int64_t before = now_ns();
+    for (const double past : {-1.0, -1e300, -infinity}) {
+        CHECK(deadline_after(past) >= before);
+        CHECK(deadline_after(past) <= now_ns());
+    }
+    CHECK(deadline_after(infinity) == never);
+    CHECK_THROWS_AS(deadline_after(std::nan("")), UsageError);
+}

@@ -1,0 +1,211 @@
+"""The server and the client as objects: who closes what and when, handlers that give back the wrong
+thing, times at the edges, descriptors that run out. Its C++ twin is tests/cpp/test_server.cpp."""
+
+import array
+import contextlib
+import math
+import os
+import resource
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import ipc_bridge
+from ipc_bridge import CallError, Error, Service, Status, UsageError
+from ipc_bridge.system import NEVER, Wait, deadline_after, now_ns
+from ipc_bridge.transports.pipe import StdioListener
+from support import SLOW, children, listen_url, wait_until
+
+ANSWER_S = 5.0 * SLOW
+TRANSPORTS = ["pipe", "unix", "tcp"]
+over_transports = pytest.mark.parametrize("transport", TRANSPORTS)
+
+
+@contextlib.contextmanager
+def running(url: str, service: Service | None = None) -> Iterator[ipc_bridge.Server]:
+    """A server that runs in a thread, which must end."""
+    with ipc_bridge.serve(url, service) as server:
+        thread = threading.Thread(target=server.run, daemon=True)
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.stop()
+            thread.join(ANSWER_S)
+            assert not thread.is_alive()
+
+
+# --- who closes what ---
+
+
+@over_transports
+def test_close_ends_a_run_in_another_thread(transport: str, runtime: Path) -> None:
+    server = ipc_bridge.serve(listen_url(transport, runtime))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    with ipc_bridge.connect(server.url) as bridge:
+        bridge.echo(b"it runs", ANSWER_S)
+        server.close()
+        thread.join(ANSWER_S)
+        assert not thread.is_alive()
+    server.close()
+    server.stop()
+    server.run()  # at once
+
+
+@over_transports
+def test_a_closed_server_does_not_run(transport: str, runtime: Path) -> None:
+    server = ipc_bridge.serve(listen_url(transport, runtime))
+    server.close()
+    server.run()
+
+
+@over_transports
+def test_a_connection_closed_in_mid_stream_says_so(transport: str, runtime: Path) -> None:
+    with running(listen_url(transport, runtime)) as server:
+        for wait in Wait:
+            with ipc_bridge.connect(f"{server.url}?wait={wait}", window_bytes=1) as bridge:
+                items = iter(bridge.stream(count=5, size=100_000, timeout=ANSWER_S))
+                next(items)
+                bridge.close()
+                with pytest.raises(CallError, match="UNAVAILABLE: the connection is closed"):
+                    next(items)
+
+
+def test_a_stdio_server_that_never_ran_leaves_nothing(nothing_left: None) -> None:
+    (read_fd, to_us), (from_us, write_fd) = os.pipe(), os.pipe()
+    listener = StdioListener("stdio:", read_fd, write_fd, Wait.BLOCK)
+    listener.close()
+    listener.close()
+    os.close(to_us)
+    os.close(from_us)
+
+
+# --- handlers ---
+
+WORDS = memoryview(array.array("I", range(10)))
+MANY_WORDS = memoryview(array.array("I", range(100_000)))
+
+
+@pytest.mark.parametrize(
+    "answer", ["text", "text" * 10_000, [1], None, 7, WORDS, MANY_WORDS, MANY_WORDS.cast("B")[::2]]
+)
+def test_a_handler_that_gives_no_bytes(answer: Any, runtime: Path) -> None:
+    """It ends its call with INTERNAL; the next one is answered."""
+    service = ipc_bridge.make_service()
+    service.unary(10, lambda call, request: answer)
+    service.streaming(11, lambda call, request: [b"a", answer, b"b"])
+    with (
+        running(f"unix://{runtime}/s", service) as server,
+        ipc_bridge.connect(server.url) as bridge,
+    ):
+        with pytest.raises(CallError, match="INTERNAL"):
+            bridge.call(10, b"", ANSWER_S)
+        assert bytes(bridge.echo(b"next", ANSWER_S)) == b"next"
+        items = iter(bridge.call_stream(11, b"", ANSWER_S))
+        assert bytes(next(items)) == b"a"
+        if answer is None:  # an iterator may give None: its end, as in C++
+            assert list(items) == []
+        else:
+            with pytest.raises(CallError, match="INTERNAL"):
+                next(items)
+        assert bytes(bridge.echo(b"last", ANSWER_S)) == b"last"
+
+
+# --- times ---
+
+MONTH_S = 40 * 24 * 3600.0  # more milliseconds than an int has
+
+
+@pytest.mark.parametrize("wait", Wait)
+@over_transports
+def test_a_deadline_in_a_month(transport: str, wait: Wait, runtime: Path) -> None:
+    """poll(2) takes milliseconds in an int: both sides sleep in several parts."""
+    service = ipc_bridge.make_service()
+    service.unary(10, lambda call, request: call.sleep(0.2) or b"slept")  # type: ignore[func-returns-value]
+    with (
+        running(f"{listen_url(transport, runtime)}?wait={wait}", service) as server,
+        ipc_bridge.connect(f"{server.url}?wait={wait}", timeout=MONTH_S) as bridge,
+    ):
+        assert bytes(bridge.call(10, b"", MONTH_S)) == b"slept"
+        items = bridge.stream(count=3, size=10, rate_hz=10, timeout=MONTH_S)
+        assert len(list(items)) == 3
+
+
+def test_a_rate_of_almost_nothing(runtime: Path) -> None:
+    """The second item is due in so long that no clock can say it: the deadline comes first."""
+    with (
+        running(f"unix://{runtime}/s") as server,
+        ipc_bridge.connect(server.url) as bridge,
+    ):
+        for rate_hz in (1e-9, 1e-100, 5e-324):
+            items = iter(bridge.stream(count=2, size=1, rate_hz=rate_hz, timeout=0.2))
+            next(items)
+            with pytest.raises(CallError, match="DEADLINE_EXCEEDED"):
+                next(items)
+
+
+def test_what_a_timeout_may_be(runtime: Path) -> None:
+    before = now_ns()
+    assert before <= deadline_after(-1.0) <= now_ns()
+    assert before <= deadline_after(-math.inf) <= now_ns()
+    assert deadline_after(math.inf) == deadline_after(1e300) == NEVER
+    with running(f"unix://{runtime}/s") as server, ipc_bridge.connect(server.url) as bridge:
+        with pytest.raises(UsageError, match="INVALID_ARGUMENT: a timeout that is not a number"):
+            bridge.echo(b"x", math.nan)
+        with pytest.raises(UsageError, match="INVALID_ARGUMENT"):
+            ipc_bridge.connect(server.url, timeout=math.nan)
+        assert bytes(bridge.echo(b"next", ANSWER_S)) == b"next"
+
+
+# --- descriptors ---
+
+
+@contextlib.contextmanager
+def spare_fds(count: int) -> Iterator[None]:
+    """No more than so many can be opened."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = {int(name) for name in os.listdir("/proc/self/fd")}
+    free = [fd for fd in range(max(used) + count + 2) if fd not in used]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free[count], before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@over_transports
+def test_a_start_without_descriptors_leaves_nothing(transport: str, runtime: Path) -> None:
+    """Whatever it is that cannot be opened; and the next start works."""
+    url = listen_url(transport, runtime)
+    failures = []
+    for spare in range(8):
+        with contextlib.suppress(Error), spare_fds(spare):
+            try:
+                ipc_bridge.serve(url).close()
+            except Error as error:
+                failures.append(error.status)
+                raise
+        assert os.listdir(runtime) == []
+    assert set(failures) == {Status.RESOURCE_EXHAUSTED}
+    assert len(failures) < 8
+
+
+@pytest.mark.parametrize("transport", [*TRANSPORTS, "stdio"])
+def test_a_connect_without_descriptors_leaves_nothing(transport: str, runtime: Path) -> None:
+    words = f"{sys.executable} -m ipc_bridge.peer serve stdio:"
+    with contextlib.ExitStack() as stack:
+        if transport == "stdio":
+            url = f"stdio:{words}"
+        else:
+            url = stack.enter_context(running(listen_url(transport, runtime))).url
+        before = len(os.listdir("/proc/self/fd"))
+        for spare in range(12):
+            with contextlib.suppress(Error), spare_fds(spare):
+                ipc_bridge.connect(url, timeout=0.05).close()
+        wait_until(lambda: not children(), ANSWER_S, "the stdio servers end")
+    assert len(os.listdir("/proc/self/fd")) <= before
