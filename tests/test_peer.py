@@ -158,6 +158,17 @@ def failed(outcome: Outcome) -> tuple[int, str]:
         ),
         ("echo tcp://127.0.0.1 --payload x", "tcp takes a host and a port, tcp://127.0.0.1"),
         ("echo tcp://h:65536 --payload x", "tcp takes a host and a port, tcp://h:65536"),
+        ("echo tcp://h:-0 --payload x", "tcp takes a host and a port, tcp://h:-0"),
+        ("echo tcp://::1:5 --payload x", "tcp takes a host and a port, tcp://::1:5"),
+        ("echo tcp://[::1 --payload x", "tcp takes a host and a port, tcp://[::1"),
+        (
+            "echo unix:///a%00b --payload x",
+            "unix takes an absolute path: unix:///path, unix:///a%00b",
+        ),
+        (
+            "echo unix://[/x --payload x",
+            "unix takes an absolute path: unix:///path, unix://[/x",
+        ),
     ],
 )
 def test_a_wrong_command_line(language: str, words: str, error: str) -> None:
@@ -220,6 +231,16 @@ def test_each_option_with_a_number_refuses_another_word(
             "echo stdio:{dir}/no --payload x",
             15,
             "NOT_FOUND: spawn: No such file or directory, {dir}/no",
+        ),
+        (
+            "echo tcp://a..B:1 --payload x --timeout 0",
+            15,
+            "NOT_FOUND: unknown host, tcp://a..B:1",
+        ),
+        (
+            "echo unix://{dir}/s?&wait=spin --payload x --timeout 0",
+            24,
+            "UNAVAILABLE: no server, unix://{dir}/s",
         ),
         (
             "bench unix://{dir}/s --op echo --size 1 --duration 1 --samples {dir}/no/f",

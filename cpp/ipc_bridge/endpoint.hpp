@@ -6,6 +6,7 @@
 // that of stdio stands before the command: `stdio:?wait=spin COMMAND WORDS`.
 #pragma once
 
+#include <algorithm>
 #include <charconv>
 #include <cstddef>
 #include <initializer_list>
@@ -57,6 +58,9 @@ inline Options options_of(
         const auto pair = query.substr(0, query.find('&'));
         query.remove_prefix(std::min(query.size(), pair.size() + 1));
         const auto equals = std::min(pair.find('='), pair.size());
+        if (pair.empty()) {
+            continue;
+        }
         const std::string name = unquote(pair.substr(0, equals));
         if (std::find(known.begin(), known.end(), name) == known.end()) {
             refuse("unknown option " + name, url);
@@ -119,7 +123,8 @@ inline Parts split(const std::string& url) {
 
 inline std::pair<std::string, Options> path_of(const std::string& url) {
     const Parts parts = split(url);
-    if (!parts.authority.empty() || !parts.path.starts_with("/")) {
+    if (!parts.authority.empty() || !parts.path.starts_with("/") ||
+        parts.path.find('\0') != std::string::npos) {
         refuse(parts.scheme + " takes an absolute path: " + parts.scheme + ":///path", url);
     }
     return {parts.path, options_of(parts.query, {"wait"}, url)};
@@ -132,24 +137,26 @@ inline std::unique_ptr<Transport> make_unix(const std::string& url) {
 
 inline std::unique_ptr<Transport> make_tcp(const std::string& url) {
     const Parts parts = split(url);
-    const auto colon = parts.authority.rfind(':');
-    int port = -1;
-    std::string host;
-    if (colon != std::string::npos) {
-        host = parts.authority.substr(0, colon);
-        const char* end = parts.authority.data() + parts.authority.size();
-        const auto parsed = std::from_chars(&parts.authority[colon] + 1, end, port);
-        port = parsed.ec == std::errc() && parsed.ptr == end && port <= 65535 ? port : -1;
-        if (host.starts_with("[") && host.ends_with("]")) {
-            host = host.substr(1, host.size() - 2);
-        }
+    const std::string& authority = parts.authority;
+    const auto colon = std::min(authority.rfind(':'), authority.size());
+    std::string host = authority.substr(0, colon);
+    std::string_view special = "[]:";  // what a host cannot hold, unless in brackets
+    if (host.size() > 2 && host.starts_with("[") && host.ends_with("]")) {
+        host = host.substr(1, host.size() - 2);
+        special = "[]";
     }
-    if (host.empty() || port < 0 || (!parts.path.empty() && parts.path != "/")) {
+    const std::string digits = authority.substr(std::min(colon + 1, authority.size()));
+    unsigned port = 0;
+    std::from_chars(digits.data(), digits.data() + digits.size(), port);
+    const bool is_port = !digits.empty() && digits.size() <= 5 && port <= 65535 &&
+                         digits.find_first_not_of("0123456789") == std::string::npos;
+    if (host.empty() || host.find_first_of(special) != std::string::npos || !is_port ||
+        (!parts.path.empty() && parts.path != "/")) {
         refuse("tcp takes a host and a port", url);
     }
     const Options options = options_of(parts.query, {"wait", "allow_remote"}, url);
     return std::make_unique<Tcp>(
-        host, port, wait_of(options, url), flag_of(options, "allow_remote", url)
+        host, static_cast<int>(port), wait_of(options, url), flag_of(options, "allow_remote", url)
     );
 }
 

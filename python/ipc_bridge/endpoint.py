@@ -6,9 +6,12 @@ Options follow as a query: `?wait=block|spin|adaptive` everywhere, `?allow_remot
 of stdio stands before the command: `stdio:?wait=spin COMMAND WORDS`.
 """
 
+import os
+import re
 import shlex
 from collections.abc import Callable
-from urllib.parse import parse_qsl, unquote, urlsplit
+from typing import NamedTuple
+from urllib.parse import unquote_to_bytes
 
 from ipc_bridge import client, frame, server
 from ipc_bridge.errors import Error, Status
@@ -19,6 +22,9 @@ from ipc_bridge.transports.pipe import Pipe, Stdio
 from ipc_bridge.transports.stream_socket import Tcp, Unix
 
 Options = dict[str, str]
+
+HOST_AND_PORT = re.compile(r"(?:\[([^\[\]]+)\]|([^\[\]:]+)):([0-9]{1,5})", re.DOTALL)
+PORT_MAX = 65535
 
 
 def transport(url: str) -> Transport:
@@ -76,13 +82,12 @@ def _unix(url: str) -> Transport:
 
 
 def _tcp(url: str) -> Transport:
-    try:
-        parts = urlsplit(url)
-        host, port = parts.hostname, parts.port
-    except ValueError:
-        host, port = None, None
-    if not host or port is None or parts.path not in ("", "/"):
+    parts = _split(url)
+    match = HOST_AND_PORT.fullmatch(parts.authority)
+    port = int(match[3]) if match else PORT_MAX + 1
+    if match is None or port > PORT_MAX or parts.path not in ("", "/"):
         raise Error(Status.INVALID_ARGUMENT, "tcp takes a host and a port", url)
+    host = match[1] or match[2]
     options = _options(parts.query, {"wait", "allow_remote"}, url)
     return Tcp(host, port, _wait(options, url), _flag(options, "allow_remote", url))
 
@@ -105,20 +110,47 @@ def _stdio(url: str) -> Transport:
     return Stdio(words, _wait(_options(query, {"wait"}, url), url))
 
 
+class Parts(NamedTuple):
+    """The parts of `scheme://authority/path?query`."""
+
+    scheme: str
+    authority: str
+    path: str
+    query: str
+
+
+def _split(url: str) -> Parts:
+    """(urllib.parse lowers, strips and refuses more than C++ can follow.)"""
+    scheme, _, rest = url.partition(":")
+    rest, _, query = rest.partition("#")[0].partition("?")
+    authority = ""
+    if rest.startswith("//"):
+        authority, slash, rest = rest[2:].partition("/")
+        rest = slash + rest
+    return Parts(scheme, authority, _unquote(rest), query)
+
+
+def _unquote(text: str) -> str:
+    """%XX of RFC 3986 2.1; what is not one stays. The bytes of a path need not be UTF-8."""
+    return os.fsdecode(unquote_to_bytes(os.fsencode(text)))
+
+
 def _path(url: str, known: set[str]) -> tuple[str, Options]:
-    parts = urlsplit(url)
-    path = unquote(parts.path)
-    if parts.netloc or not path.startswith("/"):
+    parts = _split(url)
+    if parts.authority or not parts.path.startswith("/") or "\0" in parts.path:
         what = f"{parts.scheme} takes an absolute path: {parts.scheme}:///path"
         raise Error(Status.INVALID_ARGUMENT, what, url)
-    return path, _options(parts.query, known, url)
+    return parts.path, _options(parts.query, known, url)
 
 
 def _options(query: str, known: set[str], url: str) -> Options:
-    options = dict(parse_qsl(query, keep_blank_values=True))
-    for name in options:
+    options: Options = {}
+    for pair in filter(None, query.split("&")):
+        name, _, value = pair.partition("=")
+        name = _unquote(name)
         if name not in known:
             raise Error(Status.INVALID_ARGUMENT, f"unknown option {name}", url)
+        options[name] = _unquote(value)
     return options
 
 
