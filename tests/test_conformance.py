@@ -18,7 +18,7 @@ MIB = 1 << 20
 LATE_S = 0.25 * SLOW  # what an answer may come late: 100 ms, and a busy machine with two cores
 ITEM_BYTES = 4096 + 16  # of method 16, with its header
 
-only_shared = pytest.mark.parametrize("transport", ["pipe", "unix", "tcp"], indirect=True)
+only_shared = pytest.mark.parametrize("transport", ["pipe", "unix", "tcp", "shm"], indirect=True)
 only_stdio = pytest.mark.parametrize("transport", ["stdio"], indirect=True)
 
 

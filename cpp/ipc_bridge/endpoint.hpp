@@ -1,6 +1,7 @@
 // The one map from a URL to a transport. Whoever needs only one transport can do without it.
 //
 //     pipe:///dir            stdio:COMMAND WORDS        unix:///path        tcp://127.0.0.1:5000
+//     shm:///path
 //
 // Options follow as a query: `?wait=block|spin|adaptive` everywhere, `?allow_remote=1` for tcp;
 // that of stdio stands before the command: `stdio:?wait=spin COMMAND WORDS`.
@@ -23,6 +24,7 @@
 #include <ipc_bridge/service.hpp>
 #include <ipc_bridge/system.hpp>
 #include <ipc_bridge/transports/pipe.hpp>
+#include <ipc_bridge/transports/shm_ring.hpp>
 #include <ipc_bridge/transports/stream_socket.hpp>
 
 namespace ipc_bridge {
@@ -135,6 +137,11 @@ inline std::unique_ptr<Transport> make_unix(const std::string& url) {
     return std::make_unique<Unix>(path, wait_of(options, url));
 }
 
+inline std::unique_ptr<Transport> make_shm(const std::string& url) {
+    auto [path, options] = path_of(url);
+    return std::make_unique<Shm>(path, wait_of(options, url));
+}
+
 inline std::unique_ptr<Transport> make_tcp(const std::string& url) {
     const Parts parts = split(url);
     const std::string& authority = parts.authority;
@@ -226,6 +233,7 @@ inline constexpr Scheme schemes[] = {
     {"stdio", make_stdio},
     {"unix", make_unix},
     {"tcp", make_tcp},
+    {"shm", make_shm},
 };
 
 }  // namespace endpoint

@@ -95,9 +95,13 @@ class Spinner {
   public:
     explicit Spinner(Wait wait) : wait_(wait) {}
 
+    // Set from another thread: spinners share what there is too little of, so none spins.
+    void crowd(bool crowded) { crowded_.store(crowded, std::memory_order_relaxed); }
+    bool is_crowded() const { return crowded_.load(std::memory_order_relaxed); }
+
     // For how long to spin before blocking: 0, a while, or `never` (do not block).
     std::int64_t budget_ns() {
-        if (wait_ == Wait::BLOCK) {
+        if (wait_ == Wait::BLOCK || is_crowded()) {
             return 0;
         }
         if (wait_ == Wait::SPIN) {
@@ -114,6 +118,7 @@ class Spinner {
 
   private:
     Wait wait_;
+    std::atomic<bool> crowded_ = false;
     int fruitless_ = 0;
     unsigned waits_ = 0;
 };
@@ -185,8 +190,9 @@ class Stream {
         return would_block;
     }
 
-  private:
-    std::ptrdiff_t spin(
+    // Poll for at most a while; would_block if nothing came. A mechanism that knows a cheaper look
+    // than `try_read` overrides this.
+    virtual std::ptrdiff_t spin(
         std::span<std::byte> buffer, std::int64_t budget_ns, std::int64_t deadline_ns
     ) {
         const std::int64_t until =
@@ -282,6 +288,9 @@ class Fd {
 
     int get() const { return fd_; }
     explicit operator bool() const { return fd_ >= 0; }
+
+    // Give it to another owner.
+    int release() { return std::exchange(fd_, -1); }
 
     void close() {
         if (fd_ >= 0) {

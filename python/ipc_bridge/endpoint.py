@@ -1,6 +1,7 @@
 """The one map from a URL to a transport. Whoever needs only one transport can do without it.
 
     pipe:///dir            stdio:COMMAND WORDS        unix:///path        tcp://127.0.0.1:5000
+    shm:///path
 
 Options follow as a query: `?wait=block|spin|adaptive` everywhere, `?allow_remote=1` for tcp; that
 of stdio stands before the command: `stdio:?wait=spin COMMAND WORDS`.
@@ -19,6 +20,7 @@ from ipc_bridge.service import Bridge, make_service
 from ipc_bridge.session import WINDOW_BYTES
 from ipc_bridge.system import Transport, Wait
 from ipc_bridge.transports.pipe import Pipe, Stdio
+from ipc_bridge.transports.shm_ring import Shm
 from ipc_bridge.transports.stream_socket import Tcp, Unix
 
 Options = dict[str, str]
@@ -90,6 +92,11 @@ def _tcp(url: str) -> Transport:
     host = match[1] or match[2]
     options = _options(parts.query, {"wait", "allow_remote"}, url)
     return Tcp(host, port, _wait(options, url), _flag(options, "allow_remote", url))
+
+
+def _shm(url: str) -> Transport:
+    path, options = _path(url, {"wait"})
+    return Shm(path, _wait(options, url))
 
 
 def _pipe(url: str) -> Transport:
@@ -173,4 +180,5 @@ SCHEMES: dict[str, Callable[[str], Transport]] = {
     "stdio": _stdio,
     "unix": _unix,
     "tcp": _tcp,
+    "shm": _shm,
 }

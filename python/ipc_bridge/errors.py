@@ -58,8 +58,8 @@ class UsageError(Error):
 class ProtocolError(Error):
     """The remote peer broke the rules of FRAME.md; the session is over."""
 
-    def __init__(self, what: str) -> None:
-        super().__init__(Status.INTERNAL, f"protocol error: {what}")
+    def __init__(self, what: str, where: str = "") -> None:
+        super().__init__(Status.INTERNAL, f"protocol error: {what}", where)
 
 
 class CallError(Error):

@@ -1,0 +1,232 @@
+// ipc_bridge._native: what Python cannot do by itself. The ring of `shm`, which needs atomics, is
+// bound as a Stream whose methods are these functions, with nothing in between.
+//
+// The GIL is given up while a thread waits, but not at once: to take it back costs more than many
+// an answer does, so the first moment is spun with it.
+#include <cstddef>
+#include <cstdint>
+#include <exception>
+#include <memory>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/unique_ptr.h>
+
+#include <ipc_bridge/errors.hpp>
+#include <ipc_bridge/system.hpp>
+#include <ipc_bridge/transports/ring.hpp>
+#include <ipc_bridge/transports/shm_ring.hpp>
+
+namespace nb = nanobind;
+
+namespace {
+
+using namespace ipc_bridge;
+
+// Looks at the ring with the GIL held: about 2 us, a fraction of a turn of the GIL (5 ms).
+constexpr int looks_with_gil = 100;
+
+// What an object of the buffer protocol shows, for the time of a call.
+class View {
+  public:
+    View(PyObject* object, int flags) {
+        if (PyObject_GetBuffer(object, &view_, flags) != 0) {
+            throw nb::python_error();
+        }
+    }
+    View(View&& other) noexcept : view_(std::exchange(other.view_, {})) {}
+    View& operator=(View&&) = delete;
+    ~View() { PyBuffer_Release(&view_); }
+
+    std::span<std::byte> bytes() const {
+        return {static_cast<std::byte*>(view_.buf), static_cast<std::size_t>(view_.len)};
+    }
+
+  private:
+    Py_buffer view_{};
+};
+
+// RingStream, waiting as a Python thread does: without the GIL, and open to signals.
+class PyRingStream : public RingStream {
+  public:
+    PyRingStream(
+        nb::object life_line, ring::Memory memory, int side, Wait wait, const std::string& where
+    )
+        : PyRingStream(
+              std::move(life_line),
+              Fd(nb::cast<int>(life_line.attr("fileno")())),
+              std::move(memory),
+              side,
+              wait,
+              where
+          ) {}
+
+    std::ptrdiff_t py_read(nb::handle buffer, std::int64_t deadline_ns) {
+        const View view(buffer.ptr(), PyBUF_WRITABLE);
+        const std::int64_t budget_ns = spinner.budget_ns();
+        for (int i = 0; i < (budget_ns != 0 ? looks_with_gil : 1); ++i) {
+            if (const std::ptrdiff_t count = try_read(view.bytes())) {
+                spinner.spun(true);
+                return count;
+            }
+            shm_ring::pause();
+        }
+        const nb::gil_scoped_release released;
+        if (budget_ns != 0) {
+            const std::ptrdiff_t count = spin(view.bytes(), budget_ns, deadline_ns);
+            if (count != would_block || (budget_ns == never && !spinner.is_crowded())) {
+                return count;
+            }
+        }
+        return sleep_and_read(view.bytes(), deadline_ns);
+    }
+
+    std::ptrdiff_t py_try_read(nb::handle buffer) {
+        return try_read(View(buffer.ptr(), PyBUF_WRITABLE).bytes());
+    }
+
+    std::ptrdiff_t py_try_write(nb::handle buffers) {
+        const auto sequence =
+            nb::steal(PySequence_Fast(buffers.ptr(), "a sequence of buffers is needed"));
+        if (!sequence.is_valid()) {
+            throw nb::python_error();
+        }
+        PyObject** const items = PySequence_Fast_ITEMS(sequence.ptr());
+        const auto count = static_cast<std::size_t>(PySequence_Fast_GET_SIZE(sequence.ptr()));
+        if (count == 1) {
+            const View view(items[0], PyBUF_SIMPLE);
+            const std::span<const std::byte> part = view.bytes();
+            return try_write({&part, 1});
+        }
+        std::vector<View> views;
+        std::vector<std::span<const std::byte>> parts;
+        views.reserve(count);
+        parts.reserve(count);
+        for (std::size_t i = 0; i < count; ++i) {
+            parts.push_back(views.emplace_back(items[i], PyBUF_SIMPLE).bytes());
+        }
+        return try_write(parts);
+    }
+
+    bool py_wait(bool readable, bool writable, std::int64_t deadline_ns) {
+        const nb::gil_scoped_release released;
+        return wait(readable, writable, deadline_ns);
+    }
+
+    void py_close() {
+        const bool is_open = fileno() >= 0;
+        close();
+        if (is_open) {
+            life_line_.attr("detach")();  // which closed it: it is one descriptor
+        }
+    }
+
+  protected:
+    void on_pause() override {
+        const nb::gil_scoped_acquire held;
+        if (PyErr_CheckSignals() != 0) {
+            throw nb::python_error();
+        }
+    }
+
+  private:
+    PyRingStream(
+        nb::object life_line,
+        Fd fd,
+        ring::Memory memory,
+        int side,
+        Wait wait,
+        const std::string& where
+    ) try
+        : RingStream(std::move(fd), std::move(memory), side, wait, where), life_line_(life_line) {
+    } catch (...) {
+        fd.release();  // still the socket's
+        throw;
+    }
+
+    nb::object life_line_;  // Python's socket
+};
+
+Wait wait_of(const std::string& name) {
+    return name == "block" ? Wait::BLOCK : name == "spin" ? Wait::SPIN : Wait::ADAPTIVE;
+}
+
+// The stream of who makes the memory, and the memory's descriptor, which is the caller's.
+nb::tuple make(
+    nb::object life_line, std::size_t capacity, const std::string& wait, const std::string& where
+) {
+    auto [memory, fd] = ring::Memory::make(capacity);
+    auto stream = std::make_unique<PyRingStream>(
+        std::move(life_line), std::move(memory), 0, wait_of(wait), where
+    );
+    auto result = nb::make_tuple(nb::cast(std::move(stream)), fd.get());
+    fd.release();
+    return result;
+}
+
+// The stream of who was given the memory's descriptor, which stays the caller's.
+std::unique_ptr<PyRingStream> attach(
+    nb::object life_line,
+    int memory_fd,
+    std::size_t capacity,
+    const std::string& wait,
+    const std::string& where
+) {
+    return std::make_unique<PyRingStream>(
+        std::move(life_line),
+        ring::Memory::attach(memory_fd, capacity, where),
+        1,
+        wait_of(wait),
+        where
+    );
+}
+
+// Raise what Python's half of the library raises.
+void raise(const std::exception_ptr& error, void*) {
+    const auto set = [](const char* name, auto... words) {
+        const nb::object type = nb::module_::import_("ipc_bridge.errors").attr(name);
+        PyErr_SetObject(type.ptr(), type(words...).ptr());
+    };
+    try {
+        std::rethrow_exception(error);
+    } catch (const ProtocolError& broken) {
+        set("ProtocolError", broken.broken, broken.where);
+    } catch (const SystemError& failed) {
+        set("SystemError", failed.call, failed.error_number, failed.where);
+    } catch (const Error& other) {
+        const auto status = static_cast<int>(other.status);
+        set("Error",
+            nb::module_::import_("ipc_bridge.errors").attr("Status")(status),
+            other.message,
+            other.where);
+    }
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+    nb::register_exception_translator(raise);
+    nb::class_<Spinner>(m, "Spinner").def_prop_rw("crowded", &Spinner::is_crowded, &Spinner::crowd);
+    nb::class_<PyRingStream>(m, "RingStream")
+        .def_prop_ro(
+            "spinner",
+            [](PyRingStream& self) -> Spinner& { return self.spinner; },
+            nb::rv_policy::reference_internal
+        )
+        .def("try_read", &PyRingStream::py_try_read)
+        .def("try_write", &PyRingStream::py_try_write)
+        .def("wait", &PyRingStream::py_wait)
+        .def("read", &PyRingStream::py_read)
+        .def("arm", &PyRingStream::arm)
+        .def("fileno", &PyRingStream::fileno)
+        .def("interrupt", &PyRingStream::interrupt)
+        .def("close", &PyRingStream::py_close);
+    m.def("make", make);
+    m.def("attach", attach);
+    m.attr("CAPACITY_BYTES") = ring::capacity_bytes;
+    m.def("is_capacity", ring::is_capacity);
+}
