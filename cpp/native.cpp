@@ -54,7 +54,11 @@ class View {
 class PyRingStream : public RingStream {
   public:
     PyRingStream(
-        nb::object life_line, ring::Memory memory, int side, Wait wait, const std::string& where
+        nb::object life_line,
+        std::shared_ptr<const ring::Memory> memory,
+        int side,
+        Wait wait,
+        const std::string& where
     )
         : PyRingStream(
               std::move(life_line),
@@ -137,7 +141,7 @@ class PyRingStream : public RingStream {
     PyRingStream(
         nb::object life_line,
         Fd fd,
-        ring::Memory memory,
+        std::shared_ptr<const ring::Memory> memory,
         int side,
         Wait wait,
         const std::string& where

@@ -315,6 +315,8 @@ class Wakeup {
 
     int fileno() const { return fd_.get(); }
 
+    void close() { fd_.close(); }
+
   private:
     Fd fd_;
 };

@@ -39,6 +39,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <span>
 #include <string>
 #include <utility>
@@ -98,7 +99,9 @@ class Memory {
   public:
     // Make it: an anonymous file that no name leads to, all of it allocated, never to change in
     // size. `start` is where the indices begin. Throws Error: RESOURCE_EXHAUSTED.
-    static std::pair<Memory, Fd> make(std::size_t capacity, std::uint64_t start = 0) {
+    static std::pair<std::shared_ptr<const Memory>, Fd> make(
+        std::size_t capacity, std::uint64_t start = 0
+    ) {
         const char* const name = "ipc-bridge-ring";
         const std::size_t size = control_bytes + 2 * capacity;
         Fd fd(checked(::memfd_create(name, MFD_CLOEXEC | MFD_ALLOW_SEALING), "memfd_create", name));
@@ -106,15 +109,17 @@ class Memory {
         // Now, where it is an error: at the first touch it would be SIGBUS.
         checked(::fallocate(fd.get(), 0, 0, static_cast<off_t>(size)), "fallocate", name);
         checked(::fcntl(fd.get(), F_ADD_SEALS, seals), "fcntl F_ADD_SEALS", name);
-        Memory memory(fd.get(), capacity, name);
+        std::shared_ptr<const Memory> memory(new Memory(fd.get(), capacity, name));
         for (int number : {0, 1}) {
-            memory.side(number).head.store(start, std::memory_order_relaxed);  // nobody else yet
+            memory->side(number).head.store(start, std::memory_order_relaxed);  // nobody else yet
         }
         return {std::move(memory), std::move(fd)};
     }
 
     // Map what a peer has made. Throws ProtocolError for one that does not fit, or could shrink.
-    static Memory attach(int fd, std::size_t capacity, const std::string& where) {
+    static std::shared_ptr<const Memory> attach(
+        int fd, std::size_t capacity, const std::string& where
+    ) {
         struct stat info {};
         checked(::fstat(fd, &info), "fstat", where);
         if (!is_capacity(capacity) || !S_ISREG(info.st_mode) ||
@@ -125,17 +130,12 @@ class Memory {
         if (has < 0 || (has & seals) != seals) {
             throw ProtocolError("shared memory that is not sealed", where);
         }
-        return {fd, capacity, where};
+        return std::shared_ptr<const Memory>(new Memory(fd, capacity, where));
     }
 
-    Memory(Memory&& other) noexcept
-        : base_(std::exchange(other.base_, nullptr)), capacity_(other.capacity_) {}
-    Memory& operator=(Memory&&) = delete;
-    ~Memory() {
-        if (base_) {
-            ::munmap(base_, control_bytes + 4 * capacity_);
-        }
-    }
+    Memory(const Memory&) = delete;
+    Memory& operator=(const Memory&) = delete;
+    ~Memory() { ::munmap(base_, control_bytes + 4 * capacity_); }
 
     std::size_t capacity() const { return capacity_; }
 
@@ -198,13 +198,13 @@ class Duplex {
   public:
     // `side` is 0 for who made the memory, 1 for who attached it; `bell` the socket to its peer,
     // which stays the caller's. Throws ProtocolError if the indices begin nowhere.
-    Duplex(Memory memory, int side, int bell, std::string where)
+    Duplex(std::shared_ptr<const Memory> memory, int side, int bell, std::string where)
         : memory_(std::move(memory)),
-          mine_(memory_.side(side)),
-          its_(memory_.side(1 - side)),
-          out_(memory_.ring_of(side)),
-          in_(memory_.ring_of(1 - side)),
-          mask_(memory_.capacity() - 1),
+          mine_(memory_->side(side)),
+          its_(memory_->side(1 - side)),
+          out_(memory_->ring_of(side)),
+          in_(memory_->ring_of(1 - side)),
+          capacity_(memory_->capacity()),
           bell_(bell),
           where_(std::move(where)),
           tail_(its_.head.load(std::memory_order_acquire)),  // what the maker stored
@@ -319,7 +319,7 @@ class Duplex {
     }
 
     std::atomic_ref<std::uint32_t> word(std::byte* ring, std::uint64_t index) const {
-        return word_at(ring + (index & mask_));
+        return word_at(ring + (index & (capacity_ - 1)));
     }
 
     [[noreturn]] void refuse(const char* what) const { throw ProtocolError(what, where_); }
@@ -327,24 +327,23 @@ class Duplex {
     // Is there room for a record of `n` bytes, and the word that follows it?
     bool has_room(std::size_t n) {
         const std::uint64_t stop = tail_ + span_of(n) + line_bytes;
-        if (stop - seen_ <= memory_.capacity()) {
+        if (stop - seen_ <= capacity_) {
             return true;
         }
         // acquire: pairs with publish. What we write next comes after the peer's reads of it.
         const std::uint64_t head = its_.head.load(std::memory_order_acquire);
-        if (tail_ - head > memory_.capacity() || head - seen_ > tail_ - seen_ ||
-            head % line_bytes != 0) {
+        if (tail_ - head > capacity_ || head - seen_ > tail_ - seen_ || head % line_bytes != 0) {
             refuse("the peer has consumed what was never written");
         }
         seen_ = head;
-        return stop - seen_ <= memory_.capacity();
+        return stop - seen_ <= capacity_;
     }
 
     // Where the payload of the next record goes.
     std::byte* begin(std::size_t n) {
         // The word that follows, where old bytes lie. relaxed: commit's release orders it.
         word(out_, tail_ + span_of(n)).store(0, std::memory_order_relaxed);
-        return out_ + (tail_ & mask_) + record_header_bytes;
+        return out_ + (tail_ & (capacity_ - 1)) + record_header_bytes;
     }
 
     void commit(std::size_t n) {
@@ -364,14 +363,14 @@ class Duplex {
             refuse("a record of an impossible size");
         }
         size_ = left_ = n;
-        from_ = in_ + (head_ & mask_) + record_header_bytes;
+        from_ = in_ + (head_ & (capacity_ - 1)) + record_header_bytes;
         return true;
     }
 
     // Done with the record; true: look at the next one at once.
     bool finish() {
         head_ += span_of(size_);
-        if (head_ - published_ >= memory_.capacity() / 8) {
+        if (head_ - published_ >= capacity_ / 8) {
             publish();
         }
         return size_ == chunk_bytes;
@@ -400,12 +399,12 @@ class Duplex {
         }
     }
 
-    const Memory memory_;
+    const std::shared_ptr<const Memory> memory_;
     Side& mine_;
     Side& its_;
     std::byte* const out_;
     std::byte* const in_;
-    const std::uint64_t mask_;
+    const std::uint64_t capacity_;
     const int bell_;
     const std::string where_;
     // Writing:

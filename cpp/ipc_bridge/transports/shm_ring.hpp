@@ -25,6 +25,7 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <utility>
@@ -58,13 +59,22 @@ inline void pause() {
 class RingStream : public Stream {
   public:
     // `side` as in ring::Duplex. Throws ProtocolError as it does; `life_line` is not taken then.
-    RingStream(Fd&& life_line, ring::Memory memory, int side, Wait wait, const std::string& where)
+    RingStream(
+        Fd&& life_line,
+        std::shared_ptr<const ring::Memory> memory,
+        int side,
+        Wait wait,
+        const std::string& where
+    )
         : Stream(wait),
-          ring_(std::move(memory), side, life_line.get(), where),
+          ring_(std::in_place, std::move(memory), side, life_line.get(), where),
           life_line_(std::move(life_line)) {}
 
     std::ptrdiff_t try_read(std::span<std::byte> buffer) override {
-        if (const std::size_t count = ring_.read(buffer)) {
+        if (!ring_) {
+            return end_of_stream;
+        }
+        if (const std::size_t count = ring_->read(buffer)) {
             return static_cast<std::ptrdiff_t>(count);
         }
         if (++empty_ % shm_ring::looks_empty == 0) {
@@ -73,7 +83,7 @@ class RingStream : public Stream {
         if (!gone_ && !interrupted_.load(std::memory_order_relaxed)) {
             return would_block;
         }
-        const std::size_t count = ring_.read(buffer);  // what it wrote before it went is here now
+        const std::size_t count = ring_->read(buffer);  // what it wrote before it went is here now
         return count > 0 ? static_cast<std::ptrdiff_t>(count) : end_of_stream;
     }
 
@@ -81,7 +91,7 @@ class RingStream : public Stream {
         if (gone_) {
             return end_of_stream;
         }
-        return static_cast<std::ptrdiff_t>(ring_.write(buffers));
+        return static_cast<std::ptrdiff_t>(ring_->write(buffers));
     }
 
     // Spins first, as the stream's strategy says: who writes more than the ring holds waits often.
@@ -99,10 +109,13 @@ class RingStream : public Stream {
 
     // The descriptor says nothing before this, for the ring needs no system call.
     bool arm() override {
+        if (gone_) {
+            return true;
+        }
         look();
-        ring_.arm();
+        ring_->arm();
         if (is_ready(true, false)) {
-            ring_.disarm();
+            ring_->disarm();
             return true;
         }
         return false;
@@ -117,6 +130,8 @@ class RingStream : public Stream {
 
     void close() override {
         gone_ = true;
+        ring_.reset();
+        wakeup_.close();
         life_line_.close();
     }
 
@@ -144,12 +159,12 @@ class RingStream : public Stream {
 
   private:
     bool is_ready(bool readable, bool writable) {
-        return gone_ || (writable && ring_.is_writable()) ||
-               (readable && (ring_.is_readable() || interrupted_.load(std::memory_order_relaxed)));
+        return gone_ || (writable && ring_->is_writable()) ||
+               (readable && (ring_->is_readable() || interrupted_.load(std::memory_order_relaxed)));
     }
 
     // See to the life-line.
-    void look() { gone_ = gone_ || !ring_.take_bells(); }
+    void look() { gone_ = gone_ || !ring_->take_bells(); }
 
     bool spin_until_ready(
         bool readable, bool writable, std::int64_t budget_ns, std::int64_t deadline_ns
@@ -180,14 +195,14 @@ class RingStream : public Stream {
     }
 
     bool sleep(bool readable, bool writable, std::int64_t deadline_ns) {
-        while (true) {
-            ring_.arm();
+        while (!gone_) {
+            ring_->arm();
             if (is_ready(readable, writable)) {
-                ring_.disarm();
+                ring_->disarm();
                 return true;
             }
             const int count = poll(readable, deadline_ns);
-            ring_.disarm();
+            ring_->disarm();
             if (count > 0) {
                 look();
                 return true;
@@ -197,6 +212,7 @@ class RingStream : public Stream {
             }
             on_pause();  // a signal
         }
+        return true;
     }
 
     // ppoll(2), once: its count, -1 if a signal came.
@@ -216,7 +232,7 @@ class RingStream : public Stream {
         return count;
     }
 
-    ring::Duplex ring_;
+    std::optional<ring::Duplex> ring_;  // none once closed
     Wakeup wakeup_;
     Fd life_line_;
     bool gone_ = false;  // the peer, or this side by `close`
