@@ -228,9 +228,11 @@ class Connection:
             self.is_idle = False
 
     def _is_quiet(self) -> bool:
-        """No call is running, and nothing of one is left to be written or decoded."""
+        """No call is running, nothing is left to be written or decoded, and the buffer has not
+        grown: the lane can serve the next call."""
         session = self.session
-        return session.state is IDLE and not session.outbox.size and session.decoder.is_clean()
+        quiet = session.state is IDLE and not session.outbox.size
+        return quiet and session.decoder.fresh_space() is not None
 
     def _read(self, until_ns: int) -> None:
         """Wait, while a call runs, for input (or room, if there is output), and read."""
