@@ -39,9 +39,10 @@ build: configure  ## build the C++ programs (SANITIZE=address,undefined or SANIT
 demo: build  ## show the four pairings talk over one transport (TRANSPORT=unix)
 	@$(VENV) -m ipc_bridge.harness.demo $(TRANSPORT)
 
-test: build  ## run all tests (SANITIZE=..., PYTEST_ARGS='-k echo -x')
+# A worker a core: most tests wait more than they compute, and each has a directory of its own.
+test: build  ## run all tests (SANITIZE=..., PYTEST_ARGS='-k echo -x', or -n0: one at a time)
 	@$(LOCKED) ctest --test-dir $(BUILD) --output-on-failure
-	@$(VENV) -m pytest tests $(PYTEST_ARGS)
+	@$(VENV) -m pytest tests -n auto --dist worksteal $(PYTEST_ARGS)
 
 model: setup  ## explore the shm ring's protocol with store buffers, and with each order taken away
 	@$(VENV) tests/model_ring.py

@@ -601,8 +601,11 @@ def test_a_stopped_server_is_not_waited_for(host: Host, caller: str) -> None:
     words = ("echo", host.url, "--payload", "hello", "--timeout")
     with stopped(host.pid):
         began = time.monotonic()
+        assert run_client(caller, "--version") == 0
+        starts_s = time.monotonic() - began  # on a busy machine a program takes long to start
+        began = time.monotonic()
         assert run_client(caller, *words, "0.4") == UNAVAILABLE
-        assert time.monotonic() - began < 0.4 + 1.0  # a program has to start, too
+        assert time.monotonic() - began < 2 * starts_s + 0.4 + 1.0
     assert run_client(caller, *words, "2") == 0
 
 
@@ -670,8 +673,11 @@ def test_stale_things_are_reclaimed(
 def test_a_second_server_is_told_so(host: Host, second: str) -> None:
     before = sorted(os.listdir(place_of(host))) if host.scheme != "tcp" else []
     began = time.monotonic()
+    assert run_client(second, "--version") == 0
+    starts_s = time.monotonic() - began  # on a busy machine a program takes long to start
+    began = time.monotonic()
     assert run_client(second, "serve", host.url) == EXISTS
-    assert time.monotonic() - began < SEEN_S
+    assert time.monotonic() - began < 2 * starts_s + SEEN_S
     with connect(host.url, timeout=1.0) as fresh:
         assert bytes(fresh.echo(b"first", timeout=1.0)) == b"first"
     assert before == (sorted(os.listdir(place_of(host))) if host.scheme != "tcp" else [])
