@@ -20,7 +20,7 @@
 // Sleeping: whoever has nothing to do sets its flag `asleep`, looks once more, and sleeps on a
 // socket; whoever has changed something looks at the other's flag, and sends a byte. Each side
 // writes and then reads what the other writes, so each needs a full fence between the two (Dekker):
-// without either, both may read the past, one sleeps, and nobody wakes it. tests/ring_model.py
+// without either, both may read the past, one sleeps, and nobody wakes it. tests/model_ring.py
 // explores that, and tests/cpp/ring_stress.cpp shows it.
 //
 // Copy with it: errors, system.
