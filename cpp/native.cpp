@@ -1,10 +1,13 @@
 // ipc_bridge._native: what Python cannot do by itself. The ring of `shm`, which needs atomics, is
-// bound as a Stream whose methods are these functions, with nothing in between.
+// bound as a Stream whose methods are these functions, with nothing in between; and the walk over
+// the headers of many small items.
 //
 // The GIL is given up while a thread waits, but not at once: to take it back costs more than many
 // an answer does, so the first moment is spun with it.
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <exception>
 #include <memory>
 #include <span>
@@ -17,6 +20,7 @@
 #include <nanobind/stl/unique_ptr.h>
 
 #include <ipc_bridge/errors.hpp>
+#include <ipc_bridge/frame.hpp>
 #include <ipc_bridge/system.hpp>
 #include <ipc_bridge/transports/ring.hpp>
 #include <ipc_bridge/transports/shm_ring.hpp>
@@ -189,6 +193,49 @@ std::unique_ptr<PyRingStream> attach(
     );
 }
 
+// frame.py's `_walk`, which says what it does.
+nb::tuple walk(
+    nb::handle buffer,
+    std::size_t start,
+    std::size_t end,
+    std::uint32_t call_id,
+    std::uint32_t index,
+    std::int64_t bytes_max,
+    std::uint32_t size_max
+) {
+    const View view(buffer.ptr(), PyBUF_SIMPLE);
+    const std::span<const std::byte> all = view.bytes();
+    end = std::min(end, all.size());
+    const std::size_t limit =
+        start + static_cast<std::size_t>(std::max<std::int64_t>(0, bytes_max));
+    std::vector<std::uint32_t> offsets;
+    std::vector<std::uint32_t> sizes;
+    const std::size_t most = end > start ? (end - start) / frame::header_bytes : 0;
+    offsets.reserve(std::min<std::size_t>(most, 1024));
+    sizes.reserve(std::min<std::size_t>(most, 1024));
+    bool is_uniform = true;
+    std::size_t at = start;
+    while (at + frame::header_bytes <= end && at < limit) {
+        frame::Header header;
+        std::memcpy(&header, all.data() + at, sizeof(header));
+        const std::size_t stop = at + frame::header_bytes + header.payload_size;
+        if (stop > end || header.payload_size > size_max || header.kind != Kind::ITEM ||
+            header.flags != 0 || header.code != 0 || header.call_id != call_id ||
+            header.value != index) {
+            break;
+        }
+        is_uniform = is_uniform && (sizes.empty() || sizes.front() == header.payload_size);
+        offsets.push_back(static_cast<std::uint32_t>(at + frame::header_bytes - start));
+        sizes.push_back(header.payload_size);
+        at = stop;
+        ++index;
+    }
+    const auto bytes = [](const std::vector<std::uint32_t>& numbers) {
+        return nb::bytes(numbers.data(), numbers.size() * sizeof(std::uint32_t));
+    };
+    return nb::make_tuple(at, bytes(offsets), bytes(sizes), is_uniform);
+}
+
 // Raise what Python's half of the library raises.
 void raise(const std::exception_ptr& error, void*) {
     const auto set = [](const char* name, auto... words) {
@@ -233,4 +280,5 @@ NB_MODULE(_native, m) {
     m.def("attach", attach);
     m.attr("CAPACITY_BYTES") = ring::capacity_bytes;
     m.def("is_capacity", ring::is_capacity);
+    m.def("walk", walk);
 }

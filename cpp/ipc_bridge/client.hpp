@@ -10,6 +10,7 @@
 #include <iterator>
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -40,6 +41,15 @@ class ItemSource {
     virtual ~ItemSource() = default;
     virtual std::optional<Bytes> next() = 0;
     virtual void close() noexcept = 0;
+
+    // All that are here, at least one; none at the end.
+    virtual std::span<const Bytes> next_batch() {
+        one_ = next();
+        return one_ ? std::span<const Bytes>(&*one_, 1) : std::span<const Bytes>();
+    }
+
+  private:
+    std::optional<Bytes> one_;
 };
 
 // The items of an open stream, in order; each is a view that lives until the next.
@@ -55,6 +65,10 @@ class Items {
 
     // The next item; nothing at the end.
     std::optional<Bytes> next() { return source_->next(); }
+
+    // The next items, all that are here at once: for many small ones. Each is a view as `next`
+    // gives it, and all live until the next; none at the end. (Python: `batches`.)
+    std::span<const Bytes> next_batch() { return source_->next_batch(); }
 
     // Cancel the call unless it has ended. Idempotent.
     void close() noexcept {
@@ -164,6 +178,20 @@ class Client : public Caller {
             return more();
         }
 
+        std::span<const Bytes> next_batch() override {
+            if (at_ == views_->size() || !open_) {
+                one_ = more();
+                if (!one_) {
+                    return {};
+                }
+                if (at_ == 0) {  // it came alone
+                    return {&*one_, 1};
+                }
+                at_ = 0;
+            }
+            return std::span(*views_).subspan(std::exchange(at_, views_->size()));
+        }
+
         void close() noexcept override {
             if (std::exchange(open_, false)) {
                 try {
@@ -210,6 +238,7 @@ class Client : public Caller {
         Client& client_;
         const std::vector<Bytes>* views_ = &none_;
         std::size_t at_ = 0;
+        std::optional<Bytes> one_;
         bool open_ = true;
     };
 

@@ -29,3 +29,12 @@ def make(
 def attach(
     life_line: socket.socket, memory_fd: int, capacity_bytes: int, wait: str, where: str
 ) -> RingStream: ...
+def walk(
+    view: memoryview,
+    start: int,
+    end: int,
+    call_id: int,
+    index: int,
+    bytes_max: int,
+    size_max: int,
+) -> tuple[int, bytes, bytes, bool]: ...

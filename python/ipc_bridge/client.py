@@ -11,7 +11,7 @@ from typing import NoReturn, Self
 
 from ipc_bridge import frame
 from ipc_bridge.errors import CallError, Error, ProtocolError, Status, UsageError
-from ipc_bridge.frame import Buffer, Kind
+from ipc_bridge.frame import Batch, Buffer, Kind
 from ipc_bridge.session import WINDOW_BYTES, ClientSession, State
 from ipc_bridge.system import (
     END,
@@ -287,6 +287,32 @@ class Items:
 
     def __next__(self) -> memoryview:
         return next(self._walk)
+
+    def batches(self) -> Generator[Batch, None, None]:
+        """The items, but all that are here at once: for many small ones, and for numpy.
+
+        A batch has at least one item and lives until the next; it ends and raises as iteration by
+        items does, and the two may not be mixed.
+        """
+        client = self._client
+        session = client._session
+        try:
+            while True:
+                if client._is_late():
+                    client._expire()
+                batch = session.batch()
+                if batch is not None:
+                    yield batch
+                elif client._event() == Kind.ITEM:
+                    yield session.decoder.batch_of_one()
+                else:
+                    return
+                session.consumed()
+                if session.outbox.size:
+                    client._write()
+        finally:
+            self._open = self._open and session.state == State.OPEN
+            self.close()
 
     def close(self) -> None:
         """Cancel the call unless it has ended. Idempotent."""

@@ -9,6 +9,8 @@ input is read. A header is checked before the room for its payload is made.
 """
 
 import struct
+from array import array
+from collections.abc import Iterator
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -111,6 +113,7 @@ def check(header: Header, payload_bytes_max: int) -> None:
 _HELLO, _CALL = int(Kind.HELLO), int(Kind.CALL)
 _ITEM, _END = int(Kind.ITEM), int(Kind.END)
 _UNPACK = HEADER.unpack_from
+_U32_BYTES = struct.Struct("=I")
 
 
 class Outbox:
@@ -181,6 +184,80 @@ class Outbox:
     def _join(self) -> None:
         self._queue[-self._small :] = [b"".join(self._queue[-self._small :])]
         self._small = 0
+
+
+class Batch:
+    """Items as they lie in the receiver's buffer, one after the other, a header before each.
+
+    Made for numpy: all of them are one view, and where each payload is stands in `offsets` and
+    `sizes`. As an item, it lives until the next one is asked for.
+    """
+
+    __slots__ = ("_offsets", "_sizes", "is_uniform", "view")
+
+    def __init__(self, view: memoryview, offsets: bytes, sizes: bytes, is_uniform: bool) -> None:
+        self.view = view
+        self.is_uniform = is_uniform  # all payloads have the same size
+        self._offsets = offsets
+        self._sizes = sizes
+
+    def __len__(self) -> int:
+        return len(self._sizes) // 4
+
+    def __iter__(self) -> Iterator[memoryview]:
+        for offset, size in zip(self.offsets, self.sizes, strict=True):
+            yield self.view[offset : offset + size]
+
+    @property
+    def offsets(self) -> memoryview:
+        """Of each payload in `view`: unsigned, 32 bits."""
+        return memoryview(self._offsets).cast("I")
+
+    @property
+    def sizes(self) -> memoryview:
+        """Of each payload, in bytes: unsigned, 32 bits."""
+        return memoryview(self._sizes).cast("I")
+
+    @property
+    def rows(self) -> memoryview:
+        """A row of bytes for each item, if `is_uniform`: its payload is [HEADER_BYTES:] of it.
+
+        `numpy.asarray(batch.rows)[:, HEADER_BYTES:]` is an array of them all, without a copy.
+        """
+        count = len(self)
+        return self.view.cast("B", (count, len(self.view) // count))
+
+
+def _walk(
+    view: memoryview,
+    start: int,
+    end: int,
+    call_id: int,
+    index: int,
+    bytes_max: int,
+    size_max: int,
+) -> tuple[int, bytes, bytes, bool]:
+    """Where the ITEMs of `call_id` that stand ready from `start` on end, numbered from `index` on
+    and costing at most `bytes_max`; the offsets of their payloads from `start`, and their sizes."""
+    offsets, sizes = array("I"), array("I")
+    at, limit = start, start + bytes_max
+    while at + HEADER_BYTES <= end and at < limit:
+        fields = _UNPACK(view, at)
+        size = fields[0]
+        stop = at + HEADER_BYTES + size
+        if stop > end or size > size_max or fields[1:] != (_ITEM, 0, 0, call_id, index):
+            break
+        offsets.append(at + HEADER_BYTES - start)
+        sizes.append(size)
+        at = stop
+        index = (index + 1) & _U32
+    return at, offsets.tobytes(), sizes.tobytes(), len(set(sizes)) <= 1
+
+
+try:  # the same, a hundred times as fast
+    from ipc_bridge._native import walk
+except ImportError:
+    walk = _walk
 
 
 class Decoder:
@@ -313,6 +390,24 @@ class Decoder:
             self._start = start
             self._need = 0
         return out
+
+    def batch(self, call_id: int, index: int, bytes_max: int) -> Batch | None:
+        """What `items` gives, as one piece; None if no item stands ready."""
+        start = self._start
+        stop, offsets, sizes, uniform = walk(
+            self._view, start, self._end, call_id, index, bytes_max, self.payload_bytes_max
+        )
+        if stop == start:
+            return None
+        self._start = stop
+        self._need = 0
+        return Batch(self._view[start:stop], offsets, sizes, uniform)
+
+    def batch_of_one(self) -> Batch:
+        """The frame that `next` returned last."""
+        size = len(self.payload)
+        view = self._view[self._start - HEADER_BYTES - size : self._start]
+        return Batch(view, _U32_BYTES.pack(HEADER_BYTES), _U32_BYTES.pack(size), True)
 
     def hold(self) -> None:
         """Keep the payload that `next` returned last valid while more input is read."""

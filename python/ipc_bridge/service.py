@@ -6,13 +6,13 @@ typed face over `call` and `call_stream`. The contract is proto/bridge.proto.
 
 import math
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Protocol, Self
 
 from ipc_bridge.bridge_pb2 import StreamRequest
 from ipc_bridge.errors import Error, Status
-from ipc_bridge.frame import Buffer
+from ipc_bridge.frame import Batch, Buffer
 from ipc_bridge.server import Call, Item, Pause, Service
 from ipc_bridge.system import now_ns
 
@@ -107,6 +107,22 @@ def _parse(request: bytes) -> StreamRequest:
     return asked
 
 
+class Items(Protocol):
+    """The items of a stream: `client.Items`, or others with the same face."""
+
+    def __iter__(self) -> Iterator[memoryview]:
+        """One by one."""
+        ...
+
+    def batches(self) -> Iterator[Batch]:
+        """All that are here at once."""
+        ...
+
+    def close(self) -> None:
+        """Cancel, unless it has ended."""
+        ...
+
+
 class Caller(Protocol):
     """What makes calls: `client.Client`, or another with the same face."""
 
@@ -114,9 +130,7 @@ class Caller(Protocol):
         """A unary call."""
         ...
 
-    def call_stream(
-        self, method: int, payload: Buffer = ..., timeout: float | None = ...
-    ) -> Iterable[memoryview]:
+    def call_stream(self, method: int, payload: Buffer = ..., timeout: float | None = ...) -> Items:
         """A streaming call."""
         ...
 
@@ -147,7 +161,7 @@ class Bridge:
         rate_hz: float = 0.0,
         stamped: bool = False,
         timeout: float | None = None,
-    ) -> Iterable[memoryview]:
+    ) -> Items:
         """`count` items of `size` bytes, each a view that lives until the next; see bridge.proto.
 
         Leaving the loop early cancels. Raises as Client.call_stream does.

@@ -23,6 +23,7 @@ from ipc_bridge.frame import (
     HEADER,
     HEADER_BYTES,
     JOIN_BYTES_MAX,
+    Batch,
     Buffer,
     Decoder,
     Header,
@@ -240,11 +241,23 @@ class ClientSession(Session):
         bytes_max = min(self._allowed, self.window_bytes // 2 + 1)
         views = self.decoder.items(self._call_id, self._index, bytes_max)
         if views:
-            cost = len(views) * HEADER_BYTES + sum(map(len, views))
-            self._allowed -= cost
-            self._index = (self._index + len(views)) & _U32
-            self._owed += cost
+            self._took(len(views), len(views) * HEADER_BYTES + sum(map(len, views)))
         return views
+
+    def batch(self) -> Batch | None:
+        """`items` as one piece; None if none stands ready."""
+        if self.state != State.OPEN or self._answer_id != self._call_id or not self._streaming:
+            return None
+        bytes_max = min(self._allowed, self.window_bytes // 2 + 1)
+        batch = self.decoder.batch(self._call_id, self._index, bytes_max)
+        if batch is not None:
+            self._took(len(batch), len(batch.view))
+        return batch
+
+    def _took(self, count: int, cost: int) -> None:
+        self._allowed -= cost
+        self._index = (self._index + count) & _U32
+        self._owed += cost
 
     def consumed(self) -> None:
         """All items handed out were used; gives their credit back once half the window is due."""
