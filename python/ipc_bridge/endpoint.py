@@ -1,9 +1,11 @@
 """The one map from a URL to a transport. Whoever needs only one transport can do without it.
 
     pipe:///dir            stdio:COMMAND WORDS        unix:///path        tcp://127.0.0.1:5000
+    zmq+ipc:///path        zmq+tcp://127.0.0.1:5000
 
-Options follow as a query: `?wait=block|spin|adaptive` everywhere, `?allow_remote=1` for tcp; that
-of stdio stands before the command: `stdio:?wait=spin COMMAND WORDS`.
+Options follow as a query: `?wait=block|spin|adaptive` everywhere (zmq has no spin),
+`?allow_remote=1` for what ends in tcp, `?curve=FILE` for zmq; that of stdio stands before the
+command: `stdio:?wait=spin COMMAND WORDS`.
 """
 
 import shlex
@@ -17,6 +19,7 @@ from ipc_bridge.session import WINDOW_BYTES
 from ipc_bridge.system import Transport, Wait
 from ipc_bridge.transports.pipe import Pipe, Stdio
 from ipc_bridge.transports.stream_socket import Tcp, Unix
+from ipc_bridge.transports.zeromq import ZmqIpc, ZmqTcp
 
 Options = dict[str, str]
 
@@ -76,15 +79,19 @@ def _unix(url: str) -> Transport:
 
 
 def _tcp(url: str) -> Transport:
-    try:
-        parts = urlsplit(url)
-        host, port = parts.hostname, parts.port
-    except ValueError:
-        host, port = None, None
-    if not host or port is None or parts.path not in ("", "/"):
-        raise Error(Status.INVALID_ARGUMENT, "tcp takes a host and a port", url)
-    options = _options(parts.query, {"wait", "allow_remote"}, url)
+    host, port, options = _host(url, {"wait", "allow_remote"})
     return Tcp(host, port, _wait(options, url), _flag(options, "allow_remote", url))
+
+
+def _zmq_ipc(url: str) -> Transport:
+    path, options = _path(url, {"wait", "curve"})
+    return ZmqIpc(path, _wait(options, url), options.get("curve", ""))
+
+
+def _zmq_tcp(url: str) -> Transport:
+    host, port, options = _host(url, {"wait", "curve", "allow_remote"})
+    allow_remote = _flag(options, "allow_remote", url)
+    return ZmqTcp(host, port, _wait(options, url), options.get("curve", ""), allow_remote)
 
 
 def _pipe(url: str) -> Transport:
@@ -114,6 +121,18 @@ def _path(url: str, known: set[str]) -> tuple[str, Options]:
     return path, _options(parts.query, known, url)
 
 
+def _host(url: str, known: set[str]) -> tuple[str, int, Options]:
+    scheme = url.partition(":")[0]
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host, port = None, None
+    if not host or port is None or parts.path not in ("", "/"):
+        raise Error(Status.INVALID_ARGUMENT, f"{scheme} takes a host and a port", url)
+    return host, port, _options(parts.query, known, url)
+
+
 def _options(query: str, known: set[str], url: str) -> Options:
     options = dict(parse_qsl(query, keep_blank_values=True))
     for name in options:
@@ -141,4 +160,6 @@ SCHEMES: dict[str, Callable[[str], Transport]] = {
     "stdio": _stdio,
     "unix": _unix,
     "tcp": _tcp,
+    "zmq+ipc": _zmq_ipc,
+    "zmq+tcp": _zmq_tcp,
 }
