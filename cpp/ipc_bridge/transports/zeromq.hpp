@@ -1029,9 +1029,13 @@ class RouterHub : public Hub {
 class Zmq : public Transport {
   public:
     std::unique_ptr<Stream> connect(std::int64_t deadline_ns) override {
+        std::optional<zeromq::CurveKeys> keys;
+        if (has_keys()) {
+            keys.emplace(curve_);
+        }
         std::int64_t pause_ns = connect_retry_ns[0];
         while (true) {
-            if (auto stream = attempt(deadline_ns)) {
+            if (auto stream = attempt(keys, deadline_ns)) {
                 return stream;
             }
             check_refusal();
@@ -1045,10 +1049,10 @@ class Zmq : public Transport {
     }
 
   protected:
-    // `curve` is a file of keys, or "". Throws Error: INVALID_ARGUMENT for a wait that cannot be,
-    // or as CurveKeys does.
-    Zmq(std::string url_, std::string address, Wait wait, const std::string& curve)
-        : address_(std::move(address)) {
+    // `curve` is a file of keys, read when they are needed, or "". Throws Error: INVALID_ARGUMENT
+    // for a wait that cannot be.
+    Zmq(std::string url_, std::string address, Wait wait, std::string curve)
+        : address_(std::move(address)), curve_(std::move(curve)) {
         if (wait == Wait::SPIN) {
             throw Error(
                 Status::INVALID_ARGUMENT,
@@ -1057,12 +1061,9 @@ class Zmq : public Transport {
             );
         }
         url = std::move(url_);
-        if (!curve.empty()) {
-            keys_.emplace(curve);
-        }
     }
 
-    bool has_keys() const { return keys_.has_value(); }
+    bool has_keys() const { return !curve_.empty(); }
 
     // May we talk to whom we have reached? False: try again.
     virtual bool check_server(int fd) const = 0;
@@ -1082,9 +1083,10 @@ class Zmq : public Transport {
         std::unique_ptr<zeromq::KeyChecker> checker;
         try {
             prepare(router);
-            if (keys_) {
-                keys_->prepare_router(router);
-                checker = std::make_unique<zeromq::KeyChecker>(*context, *keys_);
+            if (has_keys()) {
+                const zeromq::CurveKeys keys(curve_);
+                keys.prepare_router(router);
+                checker = std::make_unique<zeromq::KeyChecker>(*context, keys);
             }
             router.set(zmq::sockopt::linger, 0);
             router.set(zmq::sockopt::router_mandatory, true);  // else it drops the undeliverable
@@ -1114,7 +1116,9 @@ class Zmq : public Transport {
 
   private:
     // Connect once; null if no server answers (yet).
-    std::unique_ptr<Stream> attempt(std::int64_t deadline_ns) {
+    std::unique_ptr<Stream> attempt(
+        const std::optional<zeromq::CurveKeys>& keys, std::int64_t deadline_ns
+    ) {
         zmq::socket_t dealer = zeromq::Clients::all().open();
         zmq::socket_t monitor;
         const auto undo = [&] {
@@ -1126,8 +1130,8 @@ class Zmq : public Transport {
         try {
             prepare(dealer);
             dealer.set(zmq::sockopt::reconnect_ivl, zeromq::reconnect_ivl_ms);
-            if (keys_) {
-                keys_->prepare_dealer(dealer);
+            if (keys) {
+                keys->prepare_dealer(dealer);
             }
             monitor = zeromq::make_monitor(zeromq::Clients::all().context(), dealer, ZMQ_EVENT_ALL);
             dealer.connect(address_);
@@ -1163,7 +1167,8 @@ class Zmq : public Transport {
                     case ZMQ_EVENT_HANDSHAKE_FAILED_PROTOCOL:
                         throw Error(
                             Status::UNAUTHENTICATED,
-                            "no handshake: another protocol, or CURVE keys that one end does not know",
+                            "no handshake: another protocol, or CURVE keys that one end does not "
+                            "know",
                             url
                         );
                     case ZMQ_EVENT_CLOSED:
@@ -1196,13 +1201,13 @@ class Zmq : public Transport {
     }
 
     std::string address_;
-    std::optional<zeromq::CurveKeys> keys_;
+    std::string curve_;
 };
 
 // `zmq+ipc:///path`: a socket file, mode 0600, and `path.lock` while a server lives.
 class ZmqIpc : public Zmq {
   public:
-    // Throws Error: INVALID_ARGUMENT for a path that is empty or too long; and as Zmq does.
+    // Throws Error: INVALID_ARGUMENT for a path that is empty or too long; as Zmq.
     explicit ZmqIpc(const std::string& path, Wait wait = Wait::BLOCK, const std::string& curve = "")
         : Zmq("zmq+ipc://" + path, "ipc://" + path, wait, curve), unix_(path, url, SOCK_STREAM) {}
 

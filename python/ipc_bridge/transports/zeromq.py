@@ -679,19 +679,20 @@ class Zmq(Transport):
     """What both schemes share: the sockets' options, and reaching a server."""
 
     def __init__(self, url: str, address: str, wait: Wait, curve: str) -> None:
-        """`curve` is a file of keys, or "". Raises Error: INVALID_ARGUMENT for a wait that cannot
-        be, or as CurveKeys does."""
+        """`curve` is a file of keys, read when they are needed, or "". Raises Error:
+        INVALID_ARGUMENT for a wait that cannot be."""
         if wait == Wait.SPIN:
             what = "ZeroMQ has no spin: its own threads would starve; wait is block"
             raise Error(Status.INVALID_ARGUMENT, what, url)
         self.url = url
         self._address = address
-        self._keys = CurveKeys(curve) if curve else None
+        self._curve = curve
 
     def connect(self, deadline_ns: int) -> Stream:
+        keys = CurveKeys(self._curve) if self._curve else None
         pause_s, longest_s = CONNECT_RETRY_S
         while True:
-            stream = self._attempt(deadline_ns)
+            stream = self._attempt(keys, deadline_ns)
             if stream is not None:
                 return stream
             self._check_refusal()
@@ -701,14 +702,14 @@ class Zmq(Transport):
             time.sleep(min(pause_s, left_ns / 1e9))
             pause_s = min(2 * pause_s, longest_s)
 
-    def _attempt(self, deadline_ns: int) -> Stream | None:
+    def _attempt(self, keys: CurveKeys | None, deadline_ns: int) -> Stream | None:
         """Connect once; None if no server answers (yet)."""
         dealer = _CLIENTS.open()
         try:
             self._prepare(dealer)
             dealer.set(zmq.RECONNECT_IVL, RECONNECT_IVL_MS)
-            if self._keys is not None:
-                self._keys.prepare_dealer(dealer)
+            if keys is not None:
+                keys.prepare_dealer(dealer)
             monitor = dealer.get_monitor_socket()
         except BaseException:
             _CLIENTS.close(dealer)
@@ -772,9 +773,10 @@ class Zmq(Transport):
         monitor = checker = None
         try:
             self._prepare(router)
-            if self._keys is not None:
-                self._keys.prepare_router(router)
-                checker = KeyChecker(context, self._keys)
+            if self._curve:
+                keys = CurveKeys(self._curve)
+                keys.prepare_router(router)
+                checker = KeyChecker(context, keys)
             router.set(zmq.ROUTER_MANDATORY, 1)  # else it drops what it cannot deliver
             if fd >= 0:
                 router.set(zmq.USE_FD, fd)
@@ -807,7 +809,7 @@ class ZmqIpc(Zmq):
     """`zmq+ipc:///path`: a socket file, mode 0600, and `path.lock` while a server lives."""
 
     def __init__(self, path: str, wait: Wait = Wait.BLOCK, curve: str = "") -> None:
-        """Raises Error: INVALID_ARGUMENT for a path that is empty or too long; and as Zmq does."""
+        """Raises Error: INVALID_ARGUMENT for a path that is empty or too long; as Zmq."""
         super().__init__(f"zmq+ipc://{path}", f"ipc://{path}", wait, curve)
         self._unix = UnixAddress(path, self.url, socket.SOCK_STREAM)
 
@@ -851,7 +853,7 @@ class ZmqTcp(Zmq):
         self._allow_remote = allow_remote
 
     def listen(self) -> Listener:
-        may_leave = self._keys is not None or self._allow_remote
+        may_leave = self._curve or self._allow_remote
         if not may_leave and not ipaddress.ip_address(self._resolve()).is_loopback:
             what = "not a loopback address: it takes keys, ?curve=FILE (or ?allow_remote=1)"
             raise Error(Status.PERMISSION_DENIED, what, self.url)
