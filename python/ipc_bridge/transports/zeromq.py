@@ -70,6 +70,8 @@ KEY_CHARACTERS = 40  # Z85 of 32 bytes (RFC 32)
 KEYS_BYTES_MAX = 1 << 20  # of a file of keys: more clients than a server takes
 
 REFUSALS = (zmq.EVENT_HANDSHAKE_FAILED_AUTH, zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL)
+REFERENCE_BYTES_MIN = 64 << 10  # below, a copy is cheaper than to tell when it was sent
+SEND, SEND_MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)  # an enum's arithmetic is slow
 POLLIN = int(zmq.POLLIN)
 FIRST_BYTE_OF_AUTOMATIC_ID = 0  # zmq_setsockopt(3), ZMQ_ROUTING_ID
 
@@ -315,9 +317,10 @@ def _send(sock: zmq.Socket[bytes], buffers: Sequence[Buffer]) -> int:
     size = 0
     last = len(buffers) - 1
     for at, part in enumerate(buffers):
-        flags = zmq.NOBLOCK | zmq.SNDMORE if at < last else zmq.NOBLOCK
-        sock.send(part, flags, copy=type(part) is not bytes)
-        size += len(part)
+        flags = SEND_MORE if at < last else SEND
+        count = len(part)
+        sock.send(part, flags, count < REFERENCE_BYTES_MIN or type(part) is not bytes)
+        size += count
     return size
 
 
@@ -537,7 +540,8 @@ class RouterHub(Hub):
         if not sleep_until_ready(self._poll, deadline_ns):
             return False
         self._woken = True
-        self._look_around()
+        if not self._take():
+            self._look_around()
         return True
 
     def _take(self) -> bool:
@@ -624,7 +628,7 @@ class RouterHub(Hub):
     def _address(self, routing_id: bytes) -> bool:
         """Begin a message for a client; False if it has gone."""
         try:
-            self._router.send(routing_id, zmq.SNDMORE | zmq.NOBLOCK)
+            self._router.send(routing_id, SEND_MORE)
             return True
         except zmq.ZMQError as error:
             if error.errno != errno.EHOSTUNREACH:
