@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PEER = ROOT / os.environ.get("IPC_BRIDGE_BUILD_DIR", "build") / "ipc-bridge-peer"
 SANITIZED = "sanitize" in str(PEER)  # everything takes several times as long
 LANGUAGES = ("py", "cpp")
-TRANSPORTS = ("pipe", "unix", "tcp", "shm")
+TRANSPORTS = ("pipe", "unix", "tcp", "shm", "zmq+ipc", "zmq+tcp")
 TIMEOUT_S = 20.0  # for a program that should have ended long ago
 NOBODY = 65534
 EXIT_STATUS = 10  # plus the status
@@ -58,8 +58,8 @@ def peer(language: str, nobody: bool = False) -> list[str]:
 
 def address(transport: str, directory: Path) -> str:
     """A URL to serve at."""
-    if transport == "tcp":
-        return "tcp://127.0.0.1:0"
+    if transport.endswith("tcp"):
+        return f"{transport}://127.0.0.1:0"
     return f"{transport}://{directory}/{transport[0]}"
 
 
@@ -68,10 +68,10 @@ def stdio_url(language: str) -> str:
     return f"stdio:{shlex.join([*peer(language), 'serve', 'stdio:'])}"
 
 
-def free_port_url() -> str:
-    """A tcp URL where nobody listens."""
+def free_port_url(scheme: str) -> str:
+    """A URL of tcp, or on top of it, where nobody listens."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
-        return f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+        return f"{scheme}://127.0.0.1:{probe.getsockname()[1]}"
 
 
 class Served(NamedTuple):

@@ -19,7 +19,7 @@ BUILD = ROOT / os.environ.get("IPC_BRIDGE_BUILD_DIR", "build")
 SANITIZED = "sanitize" in str(BUILD)
 SLOW = 5.0 if SANITIZED else 1.0  # factor for every limit on time
 
-TRANSPORTS = ["pipe", "stdio", "unix", "tcp", "shm"]
+TRANSPORTS = ["pipe", "stdio", "unix", "tcp", "shm", "zmq+ipc", "zmq+tcp"]
 LANGUAGES = ["cpp", "py"]
 PAIRINGS = [(client, server) for client in LANGUAGES for server in LANGUAGES]
 
@@ -46,6 +46,8 @@ def listen_url(transport: str, directory: Path) -> str:
         "unix": f"unix://{directory}/sock",
         "tcp": "tcp://127.0.0.1:0",
         "shm": f"shm://{directory}/sock",
+        "zmq+ipc": f"zmq+ipc://{directory}/zmq",
+        "zmq+tcp": "zmq+tcp://127.0.0.1:0",
     }[transport]
 
 

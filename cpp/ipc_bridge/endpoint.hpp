@@ -1,10 +1,11 @@
 // The one map from a URL to a transport. Whoever needs only one transport can do without it.
 //
 //     pipe:///dir            stdio:COMMAND WORDS        unix:///path        tcp://127.0.0.1:5000
-//     shm:///path
+//     shm:///path            zmq+ipc:///path        zmq+tcp://127.0.0.1:5000
 //
-// Options follow as a query: `?wait=block|spin|adaptive` everywhere, `?allow_remote=1` for tcp;
-// that of stdio stands before the command: `stdio:?wait=spin COMMAND WORDS`.
+// Options follow as a query: `?wait=block|spin|adaptive` everywhere (zmq has no spin),
+// `?allow_remote=1` for what ends in tcp, `?curve=FILE` for zmq; that of stdio stands before the
+// command: `stdio:?wait=spin COMMAND WORDS`.
 #pragma once
 
 #include <algorithm>
@@ -26,6 +27,7 @@
 #include <ipc_bridge/transports/pipe.hpp>
 #include <ipc_bridge/transports/shm_ring.hpp>
 #include <ipc_bridge/transports/stream_socket.hpp>
+#include <ipc_bridge/transports/zeromq.hpp>
 
 namespace ipc_bridge {
 namespace endpoint {
@@ -123,26 +125,34 @@ inline Parts split(const std::string& url) {
     return parts;
 }
 
-inline std::pair<std::string, Options> path_of(const std::string& url) {
+inline std::pair<std::string, Options> path_of(
+    const std::string& url, std::initializer_list<std::string_view> known
+) {
     const Parts parts = split(url);
     if (!parts.authority.empty() || !parts.path.starts_with("/") ||
         parts.path.find('\0') != std::string::npos) {
         refuse(parts.scheme + " takes an absolute path: " + parts.scheme + ":///path", url);
     }
-    return {parts.path, options_of(parts.query, {"wait"}, url)};
+    return {parts.path, options_of(parts.query, known, url)};
 }
 
 inline std::unique_ptr<Transport> make_unix(const std::string& url) {
-    auto [path, options] = path_of(url);
+    auto [path, options] = path_of(url, {"wait"});
     return std::make_unique<Unix>(path, wait_of(options, url));
 }
 
 inline std::unique_ptr<Transport> make_shm(const std::string& url) {
-    auto [path, options] = path_of(url);
+    auto [path, options] = path_of(url, {"wait"});
     return std::make_unique<Shm>(path, wait_of(options, url));
 }
 
-inline std::unique_ptr<Transport> make_tcp(const std::string& url) {
+struct Host {
+    std::string name;
+    int port;
+    Options options;
+};
+
+inline Host host_of(const std::string& url, std::initializer_list<std::string_view> known) {
     const Parts parts = split(url);
     const std::string& authority = parts.authority;
     const auto colon = std::min(authority.rfind(':'), authority.size());
@@ -159,16 +169,36 @@ inline std::unique_ptr<Transport> make_tcp(const std::string& url) {
                          digits.find_first_not_of("0123456789") == std::string::npos;
     if (host.empty() || host.find_first_of(special) != std::string::npos || !is_port ||
         (!parts.path.empty() && parts.path != "/")) {
-        refuse("tcp takes a host and a port", url);
+        refuse(parts.scheme + " takes a host and a port", url);
     }
-    const Options options = options_of(parts.query, {"wait", "allow_remote"}, url);
+    return {host, static_cast<int>(port), options_of(parts.query, known, url)};
+}
+
+inline std::unique_ptr<Transport> make_tcp(const std::string& url) {
+    const Host host = host_of(url, {"wait", "allow_remote"});
     return std::make_unique<Tcp>(
-        host, static_cast<int>(port), wait_of(options, url), flag_of(options, "allow_remote", url)
+        host.name, host.port, wait_of(host.options, url), flag_of(host.options, "allow_remote", url)
+    );
+}
+
+inline std::unique_ptr<Transport> make_zmq_ipc(const std::string& url) {
+    auto [path, options] = path_of(url, {"wait", "curve"});
+    return std::make_unique<ZmqIpc>(path, wait_of(options, url), options["curve"]);
+}
+
+inline std::unique_ptr<Transport> make_zmq_tcp(const std::string& url) {
+    Host host = host_of(url, {"wait", "curve", "allow_remote"});
+    return std::make_unique<ZmqTcp>(
+        host.name,
+        host.port,
+        wait_of(host.options, url),
+        host.options["curve"],
+        flag_of(host.options, "allow_remote", url)
     );
 }
 
 inline std::unique_ptr<Transport> make_pipe(const std::string& url) {
-    auto [path, options] = path_of(url);
+    auto [path, options] = path_of(url, {"wait"});
     return std::make_unique<Pipe>(path, wait_of(options, url));
 }
 
@@ -234,6 +264,8 @@ inline constexpr Scheme schemes[] = {
     {"unix", make_unix},
     {"tcp", make_tcp},
     {"shm", make_shm},
+    {"zmq+ipc", make_zmq_ipc},
+    {"zmq+tcp", make_zmq_tcp},
 };
 
 }  // namespace endpoint

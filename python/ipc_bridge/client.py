@@ -43,6 +43,7 @@ def connect(
     RESOURCE_EXHAUSTED if the server is full; nothing stays open then.
     """
     session = ClientSession(window_bytes, payload_bytes_max)
+    transport.payload_bytes_max = payload_bytes_max
     deadline_ns = deadline_after(timeout)
     client = Client(transport.connect(deadline_ns), session, transport.url)
     try:

@@ -1,10 +1,11 @@
 """The one map from a URL to a transport. Whoever needs only one transport can do without it.
 
     pipe:///dir            stdio:COMMAND WORDS        unix:///path        tcp://127.0.0.1:5000
-    shm:///path
+    shm:///path            zmq+ipc:///path        zmq+tcp://127.0.0.1:5000
 
-Options follow as a query: `?wait=block|spin|adaptive` everywhere, `?allow_remote=1` for tcp; that
-of stdio stands before the command: `stdio:?wait=spin COMMAND WORDS`.
+Options follow as a query: `?wait=block|spin|adaptive` everywhere (zmq has no spin),
+`?allow_remote=1` for what ends in tcp, `?curve=FILE` for zmq; that of stdio stands before the
+command: `stdio:?wait=spin COMMAND WORDS`.
 """
 
 import os
@@ -22,6 +23,7 @@ from ipc_bridge.system import Transport, Wait
 from ipc_bridge.transports.pipe import Pipe, Stdio
 from ipc_bridge.transports.shm_ring import Shm
 from ipc_bridge.transports.stream_socket import Tcp, Unix
+from ipc_bridge.transports.zeromq import ZmqIpc, ZmqTcp
 
 Options = dict[str, str]
 
@@ -84,19 +86,24 @@ def _unix(url: str) -> Transport:
 
 
 def _tcp(url: str) -> Transport:
-    parts = _split(url)
-    match = HOST_AND_PORT.fullmatch(parts.authority)
-    port = int(match[3]) if match else PORT_MAX + 1
-    if match is None or port > PORT_MAX or parts.path not in ("", "/"):
-        raise Error(Status.INVALID_ARGUMENT, "tcp takes a host and a port", url)
-    host = match[1] or match[2]
-    options = _options(parts.query, {"wait", "allow_remote"}, url)
+    host, port, options = _host(url, {"wait", "allow_remote"})
     return Tcp(host, port, _wait(options, url), _flag(options, "allow_remote", url))
 
 
 def _shm(url: str) -> Transport:
     path, options = _path(url, {"wait"})
     return Shm(path, _wait(options, url))
+
+
+def _zmq_ipc(url: str) -> Transport:
+    path, options = _path(url, {"wait", "curve"})
+    return ZmqIpc(path, _wait(options, url), options.get("curve", ""))
+
+
+def _zmq_tcp(url: str) -> Transport:
+    host, port, options = _host(url, {"wait", "curve", "allow_remote"})
+    allow_remote = _flag(options, "allow_remote", url)
+    return ZmqTcp(host, port, _wait(options, url), options.get("curve", ""), allow_remote)
 
 
 def _pipe(url: str) -> Transport:
@@ -150,6 +157,17 @@ def _path(url: str, known: set[str]) -> tuple[str, Options]:
     return parts.path, _options(parts.query, known, url)
 
 
+def _host(url: str, known: set[str]) -> tuple[str, int, Options]:
+    parts = _split(url)
+    match = HOST_AND_PORT.fullmatch(parts.authority)
+    port = int(match[3]) if match else PORT_MAX + 1
+    if match is None or port > PORT_MAX or parts.path not in ("", "/"):
+        what = f"{parts.scheme} takes a host and a port"
+        raise Error(Status.INVALID_ARGUMENT, what, url)
+    host = match[1] or match[2]
+    return host, port, _options(parts.query, known, url)
+
+
 def _options(query: str, known: set[str], url: str) -> Options:
     options: Options = {}
     for pair in filter(None, query.split("&")):
@@ -181,4 +199,6 @@ SCHEMES: dict[str, Callable[[str], Transport]] = {
     "unix": _unix,
     "tcp": _tcp,
     "shm": _shm,
+    "zmq+ipc": _zmq_ipc,
+    "zmq+tcp": _zmq_tcp,
 }

@@ -55,8 +55,8 @@ class Pattern:
 def make_service() -> Service:
     """The two methods, for a server."""
     service = Service()
-    service.unary(ECHO, echo)
-    service.streaming(STREAM, stream)
+    service.unary(ECHO, echo, blocks=False)
+    service.streaming(STREAM, stream, blocks=False)
     return service
 
 
