@@ -1,6 +1,7 @@
 // The one map from a URL to a transport. Whoever needs only one transport can do without it.
 //
 //     pipe:///dir            stdio:COMMAND WORDS        unix:///path        tcp://127.0.0.1:5000
+//     sysv-queue:///path     sysv-shm:///path
 //
 // Options follow as a query: `?wait=block|spin|adaptive` everywhere, `?allow_remote=1` for tcp;
 // that of stdio stands before the command: `stdio:?wait=spin COMMAND WORDS`.
@@ -23,6 +24,8 @@
 #include <ipc_bridge/system.hpp>
 #include <ipc_bridge/transports/pipe.hpp>
 #include <ipc_bridge/transports/stream_socket.hpp>
+#include <ipc_bridge/transports/sysv_queue.hpp>
+#include <ipc_bridge/transports/sysv_shm.hpp>
 
 namespace ipc_bridge {
 namespace endpoint {
@@ -158,6 +161,16 @@ inline std::unique_ptr<Transport> make_pipe(const std::string& url) {
     return std::make_unique<Pipe>(path, wait_of(options, url));
 }
 
+inline std::unique_ptr<Transport> make_sysv_queue(const std::string& url) {
+    auto [path, options] = path_of(url);
+    return std::make_unique<SysvQueue>(path, wait_of(options, url));
+}
+
+inline std::unique_ptr<Transport> make_sysv_shm(const std::string& url) {
+    auto [path, options] = path_of(url);
+    return std::make_unique<SysvShm>(path, wait_of(options, url));
+}
+
 // A command line's words, quoted as a shell's are (POSIX 2.2: backslash, '...' and "...").
 inline std::vector<std::string> words_of(std::string_view command, const std::string& url) {
     std::vector<std::string> words;
@@ -219,6 +232,8 @@ inline constexpr Scheme schemes[] = {
     {"stdio", make_stdio},
     {"unix", make_unix},
     {"tcp", make_tcp},
+    {"sysv-queue", make_sysv_queue},
+    {"sysv-shm", make_sysv_shm},
 };
 
 }  // namespace endpoint

@@ -1,13 +1,15 @@
 """The one map from a URL to a transport. Whoever needs only one transport can do without it.
 
     pipe:///dir            stdio:COMMAND WORDS        unix:///path        tcp://127.0.0.1:5000
+    sysv-queue:///path     sysv-shm:///path
 
 Options follow as a query: `?wait=block|spin|adaptive` everywhere, `?allow_remote=1` for tcp; that
 of stdio stands before the command: `stdio:?wait=spin COMMAND WORDS`.
 """
 
+import contextlib
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from ipc_bridge import client, frame, server
@@ -105,6 +107,33 @@ def _stdio(url: str) -> Transport:
     return Stdio(words, _wait(_options(query, {"wait"}, url), url))
 
 
+def _sysv_queue(url: str) -> Transport:
+    # sysv_ipc is an extra ([sysv]), and only these transports need it.
+    with _needs("sysv_ipc", "sysv", url):
+        from ipc_bridge.transports.sysv_queue import SysvQueue
+    path, options = _path(url, {"wait"})
+    return SysvQueue(path, _wait(options, url))
+
+
+def _sysv_shm(url: str) -> Transport:
+    with _needs("sysv_ipc", "sysv", url):
+        from ipc_bridge.transports.sysv_shm import SysvShm
+    path, options = _path(url, {"wait"})
+    return SysvShm(path, _wait(options, url))
+
+
+@contextlib.contextmanager
+def _needs(module: str, extra: str, url: str) -> Iterator[None]:
+    """Say what to install if an import of a transport's own library fails."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name != module:
+            raise
+        what = f"{module} is missing: pip install 'ipc-bridge[{extra}]'"
+        raise Error(Status.FAILED_PRECONDITION, what, url) from None
+
+
 def _path(url: str, known: set[str]) -> tuple[str, Options]:
     parts = urlsplit(url)
     path = unquote(parts.path)
@@ -141,4 +170,6 @@ SCHEMES: dict[str, Callable[[str], Transport]] = {
     "stdio": _stdio,
     "unix": _unix,
     "tcp": _tcp,
+    "sysv-queue": _sysv_queue,
+    "sysv-shm": _sysv_shm,
 }

@@ -36,7 +36,7 @@ from ipc_bridge.harness.programs import (
 )
 from ipc_bridge.peer import SIZE, UNITS
 
-MECHANISMS = ("unix", "tcp", "pipe")
+MECHANISMS = ("unix", "tcp", "pipe", "sysv-queue")
 SETUPS = (("spin", "cross-core"), ("block", "same-core"), ("block", "cross-core"))
 STREAM_PAIRINGS = (("cpp", "cpp"), ("py", "cpp"))  # client, server
 DURATION_S = 0.4
@@ -95,7 +95,9 @@ def bare_p50_ns(cell: Cell, size_bytes: int) -> float:
     pings = max(PINGS_MIN, min(PINGS[cell.client], PING_BYTES // max(1, size_bytes)))
     message = [str(size_bytes), cell.wait]
     with private_directory() as directory:
-        address = "0" if cell.transport == "tcp" else os.path.join(directory, "bare")
+        address = {"tcp": "0", "sysv-queue": str(os.getpid())}.get(  # a port, a key, or a path
+            cell.transport, os.path.join(directory, "bare")
+        )
         with served([*program, "serve", address, *message], server_core) as address:
             out = run([*program, "ping", address, *message, str(pings)], client_core)
     match = re.search(r"p50_ns=(\d+)", out)
