@@ -62,7 +62,6 @@ from faults_support import (
     run_client,
     served,
     sleeps,
-    start_server,
     state,
     stdio_url,
     stopped,
@@ -73,6 +72,7 @@ from faults_support import (
 from ipc_bridge import Bridge, CallError, Error, Status, connect, transport
 from ipc_bridge.service import Pattern
 from ipc_bridge.transports.pipe import PipeStream
+from support import sysv_objects
 
 DATA_LOSS = EXIT_STATUS + Status.DATA_LOSS
 DEADLINE_EXCEEDED = EXIT_STATUS + Status.DEADLINE_EXCEEDED
@@ -146,12 +146,13 @@ def host(shared: Host) -> Iterator[Host]:
 
 @pytest.fixture(autouse=True)
 def _nothing_is_left() -> Iterator[None]:
-    """Neither children nor descriptors of the test itself."""
+    """Neither children nor descriptors of the test itself, nor System V objects."""
     me = os.getpid()
-    before = (children(me), fds(me))
+    before, objects = (children(me), fds(me)), sysv_objects()
     yield
     gc.collect()
     assert (children(me), fds(me)) == before
+    assert until(lambda: sysv_objects() <= objects, SEEN_S), sysv_objects() - objects
 
 
 @pytest.fixture
@@ -1043,8 +1044,7 @@ def test_who_idles_costs_nothing(server: str, wait: str, tmp_path: Path) -> None
     with ExitStack() as running:
         pids = []
         for scheme in TRANSPORTS:
-            up = start_server(f"{address(scheme, tmp_path)}?wait={wait}", server)
-            running.callback(kill, up.process)
+            up = running.enter_context(served(f"{address(scheme, tmp_path)}?wait={wait}", server))
             bridge = running.enter_context(connect(up.url))
             assert bytes(bridge.echo(b"warm")) == b"warm"
             pids.append(up.pid)

@@ -1,7 +1,8 @@
 // The one map from a URL to a transport. Whoever needs only one transport can do without it.
 //
 //     pipe:///dir            stdio:COMMAND WORDS        unix:///path        tcp://127.0.0.1:5000
-//     shm:///path            zmq+ipc:///path        zmq+tcp://127.0.0.1:5000
+//     shm:///path            sysv-queue:///path     sysv-shm:///path
+//     zmq+ipc:///path        zmq+tcp://127.0.0.1:5000
 //
 // Options follow as a query: `?wait=block|spin|adaptive` everywhere (zmq has no spin),
 // `?allow_remote=1` for what ends in tcp, `?curve=FILE` for zmq; that of stdio stands before the
@@ -27,6 +28,8 @@
 #include <ipc_bridge/transports/pipe.hpp>
 #include <ipc_bridge/transports/shm_ring.hpp>
 #include <ipc_bridge/transports/stream_socket.hpp>
+#include <ipc_bridge/transports/sysv_queue.hpp>
+#include <ipc_bridge/transports/sysv_shm.hpp>
 #include <ipc_bridge/transports/zeromq.hpp>
 
 namespace ipc_bridge {
@@ -202,6 +205,16 @@ inline std::unique_ptr<Transport> make_pipe(const std::string& url) {
     return std::make_unique<Pipe>(path, wait_of(options, url));
 }
 
+inline std::unique_ptr<Transport> make_sysv_queue(const std::string& url) {
+    auto [path, options] = path_of(url);
+    return std::make_unique<SysvQueue>(path, wait_of(options, url));
+}
+
+inline std::unique_ptr<Transport> make_sysv_shm(const std::string& url) {
+    auto [path, options] = path_of(url);
+    return std::make_unique<SysvShm>(path, wait_of(options, url));
+}
+
 // A command line's words, quoted as a shell's are (POSIX 2.2: backslash, '...' and "...").
 inline std::vector<std::string> words_of(std::string_view command, const std::string& url) {
     std::vector<std::string> words;
@@ -264,6 +277,8 @@ inline constexpr Scheme schemes[] = {
     {"unix", make_unix},
     {"tcp", make_tcp},
     {"shm", make_shm},
+    {"sysv-queue", make_sysv_queue},
+    {"sysv-shm", make_sysv_shm},
     {"zmq+ipc", make_zmq_ipc},
     {"zmq+tcp", make_zmq_tcp},
 };

@@ -416,12 +416,9 @@ class Lock {
     // The file, for who has something to note in it that must outlive a crash.
     int fileno() const { return fd_.get(); }
 
-    // Give the lock back; with `keep` the file stays, for what is noted in it. Idempotent.
-    void close(bool keep = false) {
+    void close() {
         if (fd_) {
-            if (!keep) {
-                ::unlink(path_.c_str());
-            }
+            ::unlink(path_.c_str());
             fd_.close();
         }
     }

@@ -1,17 +1,19 @@
 """The one map from a URL to a transport. Whoever needs only one transport can do without it.
 
     pipe:///dir            stdio:COMMAND WORDS        unix:///path        tcp://127.0.0.1:5000
-    shm:///path            zmq+ipc:///path        zmq+tcp://127.0.0.1:5000
+    shm:///path            sysv-queue:///path     sysv-shm:///path
+    zmq+ipc:///path        zmq+tcp://127.0.0.1:5000
 
 Options follow as a query: `?wait=block|spin|adaptive` everywhere (zmq has no spin),
 `?allow_remote=1` for what ends in tcp, `?curve=FILE` for zmq; that of stdio stands before the
 command: `stdio:?wait=spin COMMAND WORDS`.
 """
 
+import contextlib
 import os
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 from urllib.parse import unquote_to_bytes
 
@@ -23,7 +25,6 @@ from ipc_bridge.system import Transport, Wait
 from ipc_bridge.transports.pipe import Pipe, Stdio
 from ipc_bridge.transports.shm_ring import Shm
 from ipc_bridge.transports.stream_socket import Tcp, Unix
-from ipc_bridge.transports.zeromq import ZmqIpc, ZmqTcp
 
 Options = dict[str, str]
 
@@ -96,11 +97,15 @@ def _shm(url: str) -> Transport:
 
 
 def _zmq_ipc(url: str) -> Transport:
+    with _needs("zmq", "zmq", url):
+        from ipc_bridge.transports.zeromq import ZmqIpc
     path, options = _path(url, {"wait", "curve"})
     return ZmqIpc(path, _wait(options, url), options.get("curve", ""))
 
 
 def _zmq_tcp(url: str) -> Transport:
+    with _needs("zmq", "zmq", url):
+        from ipc_bridge.transports.zeromq import ZmqTcp
     host, port, options = _host(url, {"wait", "curve", "allow_remote"})
     allow_remote = _flag(options, "allow_remote", url)
     return ZmqTcp(host, port, _wait(options, url), options.get("curve", ""), allow_remote)
@@ -147,6 +152,33 @@ def _split(url: str) -> Parts:
 def _unquote(text: str) -> str:
     """%XX of RFC 3986 2.1; what is not one stays. The bytes of a path need not be UTF-8."""
     return os.fsdecode(unquote_to_bytes(os.fsencode(text)))
+
+
+def _sysv_queue(url: str) -> Transport:
+    # sysv_ipc is an extra ([sysv]), and only these transports need it.
+    with _needs("sysv_ipc", "sysv", url):
+        from ipc_bridge.transports.sysv_queue import SysvQueue
+    path, options = _path(url, {"wait"})
+    return SysvQueue(path, _wait(options, url))
+
+
+def _sysv_shm(url: str) -> Transport:
+    with _needs("sysv_ipc", "sysv", url):
+        from ipc_bridge.transports.sysv_shm import SysvShm
+    path, options = _path(url, {"wait"})
+    return SysvShm(path, _wait(options, url))
+
+
+@contextlib.contextmanager
+def _needs(module: str, extra: str, url: str) -> Iterator[None]:
+    """Say what to install if an import of a transport's own library fails."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name != module:
+            raise
+        what = f"{module} is missing: pip install 'ipc-bridge[{extra}]'"
+        raise Error(Status.FAILED_PRECONDITION, what, url) from None
 
 
 def _path(url: str, known: set[str]) -> tuple[str, Options]:
@@ -199,6 +231,8 @@ SCHEMES: dict[str, Callable[[str], Transport]] = {
     "unix": _unix,
     "tcp": _tcp,
     "shm": _shm,
+    "sysv-queue": _sysv_queue,
+    "sysv-shm": _sysv_shm,
     "zmq+ipc": _zmq_ipc,
     "zmq+tcp": _zmq_tcp,
 }

@@ -350,13 +350,11 @@ class Lock:
         """The file, for who has something to note in it that must outlive a crash."""
         return self._fd
 
-    def close(self, keep: bool = False) -> None:
-        """Give the lock back; with `keep` the file stays, for what is noted in it. Idempotent."""
+    def close(self) -> None:
         fd, self._fd = self._fd, -1
         if fd >= 0:
-            if not keep:
-                with contextlib.suppress(OSError):
-                    os.unlink(self.path)
+            with contextlib.suppress(OSError):
+                os.unlink(self.path)
             os.close(fd)
 
 

@@ -17,6 +17,7 @@ from ipc_bridge.peer import CommandLineError
 # Its name: the module of this package that defines it, by that name.
 COMMANDS: dict[str, str] = {
     "curve-keys": "curve_keys",
+    "doctor": "doctor",
 }
 
 

@@ -36,7 +36,7 @@ from ipc_bridge.harness.programs import (
 )
 from ipc_bridge.peer import SIZE, UNITS
 
-MECHANISMS = ("unix", "tcp", "pipe", "zmq", "zmq-req")
+MECHANISMS = ("unix", "tcp", "pipe", "sysv-queue", "zmq", "zmq-req")
 BARE = {"zmq": "zeromq", "zmq-req": "zeromq_req"}  # where the bare program has another name
 SCHEME = {"zmq": "zmq+ipc", "zmq-req": "zmq+ipc"}  # and the pair: it is compared with two
 NO_SPIN = ("zmq", "zmq-req")  # libzmq's own threads would starve
@@ -98,7 +98,9 @@ def bare_p50_ns(cell: Cell, size_bytes: int) -> float:
     pings = max(PINGS_MIN, min(PINGS[cell.client], PING_BYTES // max(1, size_bytes)))
     message = [str(size_bytes), cell.wait]
     with private_directory() as directory:
-        address = "0" if cell.transport == "tcp" else os.path.join(directory, "bare")
+        address = {"tcp": "0", "sysv-queue": str(os.getpid())}.get(  # a port, a key, or a path
+            cell.transport, os.path.join(directory, "bare")
+        )
         with served([*program, "serve", address, *message], server_core) as address:
             out = run([*program, "ping", address, *message, str(pings)], client_core)
     match = re.search(r"p50_ns=(\d+)", out)

@@ -59,6 +59,7 @@ def peer(language: str) -> list[str]:
 
 def bare(mechanism: str, language: str) -> list[str]:
     """The first words of a command to a bare program. Raises Error: NOT_FOUND."""
+    mechanism = mechanism.replace("-", "_")  # of a URL's scheme, the stem
     if language == "py":
         return [sys.executable, str(ROOT / "python" / "bare" / f"{mechanism}.py")]
     return [binary(f"bare/{mechanism}")]
