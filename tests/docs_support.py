@@ -103,7 +103,7 @@ def here(name: str, text: str) -> str:
 
 def command(line: str) -> str:
     """One line of a snippet: a server runs on, a make is only looked at."""
-    line = line.partition("  #")[0].rstrip()
+    line = line.partition("  #")[0].rstrip(" &")
     if line.startswith("make "):
         return f"make -n -C {shlex.quote(str(ROOT))} {line[5:]} >/dev/null"
     return f"{line} &" if SERVES.match(line) else line
