@@ -27,9 +27,10 @@ FENCE = re.compile(
 )
 SERVES = re.compile(r"^(\S+ -m )?\S+ serve |^\S*-server |^(\S+=\S+ )*\S+ -m \w+\.server ")
 SCRIPT = """set -euo pipefail
-trap 'kill $(jobs -p) 2>/dev/null || true; wait' EXIT
+trap 'kill -INT $(jobs -p) 2>/dev/null || true; wait' EXIT
 set -x
 """
+BEHIND = "env --default-signal=INT {} &"  # a shell's & ignores Ctrl-C, and we mean to press it
 
 
 class Snippet(NamedTuple):
@@ -89,8 +90,8 @@ def script(page: Path, place: Place) -> str:
             lines += [command(line) for line in snippet.text.replace("\\\n", " ").splitlines()]
         elif snippet.language == "python":
             lines.append(here(f"{snippet.name}.py", snippet.text))
-            serves = " &" if ".run()" in snippet.text else ""
-            lines.append(f".venv/bin/python {snippet.name}.py{serves}")
+            words = f".venv/bin/python {snippet.name}.py"
+            lines.append(BEHIND.format(words) if ".run()" in snippet.text else words)
         elif snippet.language == "cpp":
             lines.append(f"./snippets {snippet.name}")
     return place.put("\n".join(lines) + "\n")
@@ -106,7 +107,7 @@ def command(line: str) -> str:
     line = line.partition("  #")[0].rstrip(" &")
     if line.startswith("make "):
         return f"make -n -C {shlex.quote(str(ROOT))} {line[5:]} >/dev/null"
-    return f"{line} &" if SERVES.match(line) else line
+    return BEHIND.format(line) if SERVES.match(line) else line
 
 
 # --- C++ ---
