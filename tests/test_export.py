@@ -145,6 +145,15 @@ def test_one_language_alone(bare: list[str], python: str, tmp_path: Path) -> Non
     assert not (tmp_path / "CMakeLists.txt").exists()
 
 
+def test_a_program_may_be_deleted(python: str, tmp_path: Path) -> None:
+    exported("unix", str(tmp_path))
+    (tmp_path / "cpp/thermostat/client.cpp").unlink()
+    (tmp_path / "python/thermostat/server.py").unlink()
+
+    out = smoke(tmp_path, python)
+    assert re.findall(r"^\S+: \S+ -> \S+ ok$", out, re.M) == ["unix: Python -> C++ ok"]
+
+
 def test_cpp_alone_has_no_python(tmp_path: Path) -> None:
     exported("unix", str(tmp_path), "--language", "cpp")
 
@@ -188,7 +197,7 @@ def test_only_what_a_transport_needs(tmp_path: Path) -> None:
     package = {path.stem for path in tmp_path.glob("python/ipc_bridge/**/*.py")} - {"__init__"}
     headers = {path.stem for path in tmp_path.glob("cpp/ipc_bridge/**/*.hpp")}
     core = {"client", "endpoint", "errors", "frame", "server", "session", "system"}
-    assert package == headers == {*core, "stream_socket"}
+    assert package == headers == {*core, "stream_socket", "unix_address"}
     assert "protobuf" not in text_of(tmp_path)
     assert "google" not in text_of(tmp_path)
 

@@ -28,6 +28,10 @@ namespace thermostat {
 using ipc_bridge::Bytes;
 using ipc_bridge::Call;
 using ipc_bridge::Error;
+using ipc_bridge::Item;
+using ipc_bridge::Payload;
+using ipc_bridge::Producer;
+using ipc_bridge::Service;
 using ipc_bridge::Status;
 
 inline constexpr std::uint16_t set_target_method = 1;
@@ -74,7 +78,7 @@ std::string pack(const Shape& shape) {
 class Room {
   public:
     // Unary: bytes in, bytes out.
-    ipc_bridge::Payload set_target(Call& /*call*/, Bytes request) {
+    Payload set_target(Call& /*call*/, Bytes request) {
         const auto target = unpack<double>(request);
         if (!(celsius_min <= target && target <= celsius_max)) {
             std::ostringstream what;
@@ -87,10 +91,11 @@ class Room {
     }
 
     // Streaming: a function that gives the next item, or nothing at the end. It is destroyed if
-    // the client leaves early.
-    ipc_bridge::Producer watch(Call& call, Bytes request) {
+    // the client leaves early. What it captures must be copyable, as std::function is: hold a file
+    // or the like by a std::shared_ptr.
+    Producer watch(Call& call, Bytes request) {
         const auto asked = unpack<WatchRequest>(request);
-        return [this, &call, asked, i = 0U]() mutable -> std::optional<ipc_bridge::Item> {
+        return [this, &call, asked, i = 0U]() mutable -> std::optional<Item> {
             if (i == asked.count) {
                 return std::nullopt;
             }
@@ -110,9 +115,9 @@ class Room {
 };
 
 // The methods, for a server.
-inline ipc_bridge::Service make_service() {
+inline Service make_service() {
     auto room = std::make_shared<Room>();
-    ipc_bridge::Service service;
+    Service service;
     service.unary(set_target_method, [room](Call& call, Bytes request) {
         return room->set_target(call, request);
     });

@@ -5,7 +5,8 @@ thermostat of python/thermostat and cpp/thermostat, and the files of project/. I
 with .in
 
     @NAME@        is filled in,
-    @cpp LINE     is kept only if C++ is exported; likewise @py, and @venv if Python needs packages.
+    @cpp LINE     is kept only if C++ is exported; likewise @py, @both, and @venv if Python takes
+                  packages.
 
 A manifest in the new project names every file that was written, with its SHA-256, so that a later
 export knows what is still as it was written; it touches nothing else.
@@ -111,7 +112,7 @@ def around(
     libraries = [parts.CPP_PACKAGES[name] for name in sorted(foreign["cpp"])]
     packages = requirements(foreign["py"])
     has_venv = "py" in languages and bool(packages)
-    flags = {*languages, *(["venv"] if has_venv else [])}
+    flags = {*languages, *["venv"] * has_venv, *["both"] * (len(languages) > 1)}
     names = ", ".join(f"`{one.name}`" for one in chosen)
     values = {
         "VERSION": ipc_bridge.__version__,

@@ -16,8 +16,13 @@ PROGRAMS = {
     "C++": {role: [str(BUILD / f"thermostat-{role}")] for role in ("server", "client")},
     "Python": {role: [sys.executable, "-m", f"thermostat.{role}"] for role in ("server", "client")},
 }
-LANGUAGES = [name for name, top in (("C++", "cpp"), ("Python", "python")) if (ROOT / top).exists()]
+SOURCES = {"C++": "cpp/thermostat/{}.cpp", "Python": "python/thermostat/{}.py"}
 PATIENCE_S = 20.0
+
+
+def languages(role: str) -> list[str]:
+    """Those that have such a program."""
+    return [one for one, path in SOURCES.items() if (ROOT / path.format(role)).exists()]
 
 
 @contextmanager
@@ -62,8 +67,8 @@ def talk(client: str, server: str, scheme: str) -> str:
 def main(schemes: list[str]) -> None:
     expected = ""
     for scheme in schemes:
-        for client in LANGUAGES:
-            for server in LANGUAGES:
+        for client in languages("client"):
+            for server in languages("server"):
                 printed = talk(client, server, scheme)
                 expected = expected or printed
                 if printed != expected:
