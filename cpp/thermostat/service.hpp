@@ -2,8 +2,8 @@
 //
 // A method is a number and what its bytes mean, the same in both languages:
 //
-//     1 set_target   unary      f64 the target in degrees Celsius -> f64 the target before
-//     2 watch        streaming  u32 how many readings, f64 seconds between them -> Reading, ...
+//     10 set_target  unary      f64 the target in degrees Celsius -> f64 the target before
+//     11 watch       streaming  u32 how many readings, f64 seconds between them -> Reading, ...
 //
 // Server: `make_service` registers a handler for each method. Client: `Thermostat` gives each a
 // face.
@@ -34,8 +34,8 @@ using ipc_bridge::Producer;
 using ipc_bridge::Service;
 using ipc_bridge::Status;
 
-inline constexpr std::uint16_t set_target_method = 1;
-inline constexpr std::uint16_t watch_method = 2;
+inline constexpr std::uint16_t set_target_method = 10;
+inline constexpr std::uint16_t watch_method = 11;
 
 struct [[gnu::packed]] WatchRequest {  // packed: no gaps, as Python's "<"
     std::uint32_t count;

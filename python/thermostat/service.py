@@ -2,8 +2,8 @@
 
 A method is a number and what its bytes mean, the same in both languages:
 
-    1 set_target   unary      f64 the target in degrees Celsius -> f64 the target before
-    2 watch        streaming  u32 how many readings, f64 seconds between them -> Reading, ...
+    10 set_target  unary      f64 the target in degrees Celsius -> f64 the target before
+    11 watch       streaming  u32 how many readings, f64 seconds between them -> Reading, ...
 
 Server: `make_service` registers a handler for each method. Client: `Thermostat` gives each a face.
 """
@@ -17,8 +17,8 @@ from ipc_bridge.client import Client
 from ipc_bridge.errors import Error, Status
 from ipc_bridge.server import Call, Service
 
-SET_TARGET = 1
-WATCH = 2
+SET_TARGET = 10
+WATCH = 11
 
 CELSIUS = struct.Struct("<d")
 WATCH_REQUEST = struct.Struct("<Id")  # "<": little-endian, and no gaps
