@@ -25,7 +25,12 @@ ENTRY = {
 }  # of `endpoint`: all that an export needs of it
 
 # A module's first name: the distribution that brings it. Its versions stand in pyproject.toml.
-PYTHON_PACKAGES: dict[str, str] = {}
+PYTHON_PACKAGES = {
+    "google": "protobuf",
+    "grpc": "grpcio",
+    "sysv_ipc": "sysv-ipc",
+    "zmq": "pyzmq",
+}
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,9 @@ class Library:
 
 
 # The first part of an include: the library that brings it. Others are the compiler's and libc's.
-CPP_PACKAGES: dict[str, Library] = {}
+CPP_PACKAGES = {
+    "zmq.hpp": Library("", "zmq", "libzmq3-dev cppzmq-dev"),
+}
 
 
 @dataclass(frozen=True)
