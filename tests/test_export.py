@@ -205,7 +205,7 @@ def test_only_what_a_transport_needs(tmp_path: Path) -> None:
 def test_the_map_knows_only_what_was_exported(python: str, tmp_path: Path) -> None:
     exported("tcp", str(tmp_path))
 
-    script = "from ipc_bridge.endpoint import transport; transport('unix:///tmp/demo')"
+    script = "from ipc_bridge.endpoint import dial; dial('unix:///tmp/demo')"
     done = subprocess.run(
         [python, "-c", script],
         env=environment() | {"PYTHONPATH": str(tmp_path / "python")},

@@ -4,7 +4,6 @@
 #include <string>
 
 #include "service.hpp"
-#include <ipc_bridge/client.hpp>
 #include <ipc_bridge/endpoint.hpp>
 #include <ipc_bridge/errors.hpp>
 
@@ -14,8 +13,8 @@ constexpr double timeout_s = 5.0;
 
 int call(const std::string& url) {
     try {
-        ipc_bridge::Client client(*ipc_bridge::make_transport(url));
-        thermostat::Thermostat thermostat(client);
+        const auto client = ipc_bridge::dial(url);
+        thermostat::Thermostat thermostat(*client);
         const double before = thermostat.set_target(22.0, timeout_s);
         std::printf("the target was %.1f\n", before);
         for (const auto item : thermostat.watch(4, 0.01, timeout_s)) {

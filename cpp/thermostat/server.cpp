@@ -21,13 +21,13 @@ void stop(int /*number*/) {
 
 int serve(const std::string& url) {
     try {
-        ipc_bridge::Server server(*ipc_bridge::make_transport(url), thermostat::make_service());
-        running = &server;
+        const auto server = ipc_bridge::listen(url, thermostat::make_service());
+        running = server.get();
         for (const int number : {SIGTERM, SIGINT}) {
             std::signal(number, stop);
         }
-        std::cout << "ready " << server.url << std::endl;  // whoever starts us waits for this line
-        server.run();
+        std::cout << "ready " << server->url << std::endl;  // whoever starts us waits for this line
+        server->run();
         running = nullptr;
     } catch (const ipc_bridge::Error& error) {
         std::cerr << "error: " << error.what() << '\n';

@@ -5,9 +5,9 @@ connections, as in HTTP/1.1.
 """
 
 import contextlib
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from types import TracebackType
-from typing import NoReturn, Self
+from typing import NoReturn, Protocol, Self
 
 from ipc_bridge import frame
 from ipc_bridge.errors import CallError, Error, ProtocolError, Status, UsageError
@@ -51,6 +51,24 @@ def connect(
         client.close()
         raise
     return client
+
+
+class Caller(Protocol):
+    """What makes calls: `Client`, or another with the same face."""
+
+    def call(self, method: int, payload: Buffer = ..., timeout: float | None = ...) -> memoryview:
+        """A unary call."""
+        ...
+
+    def call_stream(
+        self, method: int, payload: Buffer = ..., timeout: float | None = ...
+    ) -> Iterable[memoryview]:
+        """A streaming call."""
+        ...
+
+    def close(self) -> None:
+        """Close the connection."""
+        ...
 
 
 class Client:
@@ -324,4 +342,4 @@ class Items:
             self._open = self._open and session.state == State.OPEN
 
 
-__all__ = ["Client", "Items", "UsageError", "connect"]
+__all__ = ["Caller", "Client", "Items", "UsageError", "connect"]

@@ -8,9 +8,10 @@ import math
 import struct
 from collections.abc import Iterable, Iterator
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Self
 
 from ipc_bridge.bridge_pb2 import StreamRequest
+from ipc_bridge.client import Caller
 from ipc_bridge.errors import Error, Status
 from ipc_bridge.frame import Buffer
 from ipc_bridge.server import Call, Item, Pause, Service
@@ -104,24 +105,6 @@ def _parse(request: bytes) -> StreamRequest:
     if asked.stamped and asked.size < STAMP.size:
         raise Error(Status.INVALID_ARGUMENT, f"a stamp takes {STAMP.size} bytes")
     return asked
-
-
-class Caller(Protocol):
-    """What makes calls: `client.Client`, or another with the same face."""
-
-    def call(self, method: int, payload: Buffer = ..., timeout: float | None = ...) -> memoryview:
-        """A unary call."""
-        ...
-
-    def call_stream(
-        self, method: int, payload: Buffer = ..., timeout: float | None = ...
-    ) -> Iterable[memoryview]:
-        """A streaming call."""
-        ...
-
-    def close(self) -> None:
-        """Close the connection."""
-        ...
 
 
 class Bridge:

@@ -1,9 +1,9 @@
 """Calls each method once:  python -m thermostat.client URL"""
 
+import contextlib
 import sys
 
-from ipc_bridge.client import connect
-from ipc_bridge.endpoint import transport
+from ipc_bridge.endpoint import dial
 from ipc_bridge.errors import Error
 from thermostat.service import Thermostat
 
@@ -12,7 +12,7 @@ TIMEOUT_S = 5.0
 
 def main(url: str) -> int:
     try:
-        with connect(transport(url)) as client:
+        with contextlib.closing(dial(url)) as client:
             thermostat = Thermostat(client)
             before = thermostat.set_target(22.0, TIMEOUT_S)
             print(f"the target was {before:.1f}")

@@ -3,15 +3,14 @@
 import signal
 import sys
 
-from ipc_bridge.endpoint import transport
+from ipc_bridge.endpoint import listen
 from ipc_bridge.errors import Error
-from ipc_bridge.server import Server
 from thermostat.service import make_service
 
 
 def main(url: str) -> int:
     try:
-        with Server(transport(url), make_service()) as server:
+        with listen(url, make_service()) as server:
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda *_: server.stop())
             print(f"ready {server.url}", flush=True)  # whoever starts us waits for this line

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from ipc_bridge.client import Client
+from ipc_bridge.client import Caller
 from ipc_bridge.errors import Error, Status
 from ipc_bridge.server import Call, Service
 
@@ -90,7 +90,7 @@ def make_service() -> Service:
 class Thermostat:
     """The service as its client sees it. `timeout` in seconds; each raises as Client.call does."""
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: Caller) -> None:
         self._client = client
 
     def set_target(self, target: float, timeout: float | None = None) -> float:

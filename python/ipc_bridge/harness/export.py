@@ -62,12 +62,13 @@ def pair_files(chosen: list[Transport], languages: list[str]) -> Files:
         service = [path for path in service if path.suffix in (".py", ".hpp", ".cpp")]
         folder = SOURCES[language] / PACKAGE / "transports"
         stems = {transport.stem for transport in chosen}
+        endpoint = parts.endpoint_file(language).relative_to(SOURCES[language])
+        files[f"{TOPS[language]}/{endpoint}"] = cut = parts.cut_endpoint(language, schemes)
         start = [*service, *(folder / f"{stem}{SUFFIX[language]}" for stem in stems)]
+        start += parts.USES[language](parts.endpoint_file(language), cut)[0]
         found, foreign[language] = parts.closure(language, start)
         for path in found:
             files[f"{TOPS[language]}/{path.relative_to(SOURCES[language])}"] = path.read_text()
-        endpoint = parts.endpoint_file(language).relative_to(SOURCES[language])
-        files[f"{TOPS[language]}/{endpoint}"] = parts.cut_endpoint(language, schemes)
     if "py" in languages:
         package = f"python/{PACKAGE}"
         files[f"{package}/__init__.py"] = INIT
@@ -90,7 +91,7 @@ def bare_files(chosen: list[Transport], languages: list[str]) -> Files:
         programs = [folder / f"{bare_stem(one)}{suffixes[language]}" for one in chosen]
         shared = [folder / f"rounds{SUFFIX[language]}"]
         for path in [*programs, *shared]:
-            foreign[language] |= parts.USES[language](path)[1]
+            foreign[language] |= parts.USES[language](path, path.read_text())[1]
             files[f"{TOPS[language]}/{path.name}"] = path.read_text()
     foreign["py"].discard("rounds")
     return files | around("bare", chosen, languages, foreign)

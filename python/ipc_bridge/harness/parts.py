@@ -19,10 +19,10 @@ from ipc_bridge.harness.programs import ROOT
 PACKAGE = "ipc_bridge"
 SOURCES = {"py": ROOT / "python", "cpp": ROOT / "cpp"}
 SUFFIX = {"py": ".py", "cpp": ".hpp"}
-ENTRY = {
-    "py": "transport",
-    "cpp": "make_transport",
-}  # of `endpoint`: all that an export needs of it
+ENTRY = ["dial", "listen"]  # of `endpoint`: all that an export needs of it
+GENERATED = re.compile(r"_pb2(_grpc)?$|\.pb\.h$")  # from bridge.proto, by whoever builds
+
+PROTO = "google"  # among what others bring: the messages of bridge.proto, and protobuf
 
 # A module's first name: the distribution that brings it. Its versions stand in pyproject.toml.
 PYTHON_PACKAGES = {
@@ -82,11 +82,15 @@ def python_file(module: str) -> Path | None:
     )
 
 
-def uses_python(path: Path) -> tuple[set[Path], set[str]]:
-    """The files of ours that a file imports, and the first names of what others bring."""
+def uses_python(path: Path, text: str) -> tuple[set[Path], set[str]]:
+    """The files of ours that a file of this text imports, and the first names of what others
+    bring."""
     ours, others = set(), set()
-    for module, name in imports(parse(path)):
+    for module, name in imports(ast.parse(text)):
         first = module.partition(".")[0]
+        if GENERATED.search(module):
+            others.add(PROTO)
+            continue
         if first == PACKAGE:
             file = python_file(f"{module}.{name}") or python_file(module)
             if file is not None:
@@ -101,18 +105,22 @@ def uses_python(path: Path) -> tuple[set[Path], set[str]]:
 INCLUDE = re.compile(r'^#include [<"]([^>"]+)[>"]', re.M)
 
 
-def uses_cpp(path: Path) -> tuple[set[Path], set[str]]:
-    """The headers of ours that a file includes, and the first parts of all other includes."""
+def uses_cpp(path: Path, text: str) -> tuple[set[Path], set[str]]:
+    """The headers of ours that a file of this text includes, and the first parts of what others
+    bring."""
     ours, others = set(), set()
-    for name in INCLUDE.findall(path.read_text()):
-        if name.startswith(PACKAGE + "/"):
+    for name in INCLUDE.findall(text):
+        if GENERATED.search(name):
+            others.add(PROTO)
+        elif name.startswith(PACKAGE + "/"):
             ours.add(SOURCES["cpp"] / name)
         elif not (path.parent / name).exists():
             others.add(name.partition("/")[0])
-    return ours, others & set(CPP_PACKAGES)
+    source = path.with_suffix(".cpp")  # not every header is all there is
+    return ours | ({source} if source.exists() else set()), others & {PROTO, *CPP_PACKAGES}
 
 
-USES: dict[str, Callable[[Path], tuple[set[Path], set[str]]]] = {
+USES: dict[str, Callable[[Path, str], tuple[set[Path], set[str]]]] = {
     "py": uses_python,
     "cpp": uses_cpp,
 }
@@ -131,7 +139,7 @@ def closure(language: str, start: Iterable[Path]) -> tuple[set[Path], set[str]]:
         if path in found or path.stem == "endpoint":
             continue
         found.add(path)
-        ours, foreign = USES[language](path)
+        ours, foreign = USES[language](path, path.read_text())
         due += ours
         others |= foreign
     return found, others
@@ -148,19 +156,29 @@ def endpoint_file(language: str) -> Path:
 def transports() -> dict[str, Transport]:
     """Every transport by name: a URL's scheme up to a plus, so that zmq+ipc and zmq+tcp are one."""
     tree = parse(endpoint_file("py"))
-    stems = {
-        name: module.rpartition(".")[2]
-        for module, name in imports(tree)
-        if module.startswith(f"{PACKAGE}.transports.")
-    }
     makers = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+    uses = {name: names_in(node) for name, node in makers.items()}
+    classes = {name: stem for stem, name in transport_imports(tree)}
     found: dict[str, Transport] = {}
     for scheme, maker in scheme_rows(tree):
         name = scheme.partition("+")[0]
-        stem = next(stems[used] for used in names_in(makers[maker]) if used in stems)
+        kept = reach([maker], uses)
+        stems = {classes[used] for one in kept for used in uses[one] if used in classes}
+        stems |= {stem for one in kept for stem, _ in transport_imports(makers[one])}
+        (stem,) = stems
         schemes = found[name].schemes if name in found else ()
         found[name] = Transport(name, (*schemes, scheme), stem)
     return found
+
+
+def transport_imports(tree: ast.AST) -> Iterator[tuple[str, str]]:
+    """The imports of transports: a stem, and the name that is taken from it."""
+    folder = f"{PACKAGE}.transports"
+    for module, name in imports(tree):
+        if module == folder:
+            yield name, name
+        elif module.startswith(folder + "."):
+            yield module.removeprefix(folder + "."), name
 
 
 def scheme_rows(tree: ast.Module) -> Iterator[tuple[str, str]]:
@@ -189,7 +207,7 @@ def cut_endpoint(language: str, schemes: Iterable[str]) -> str:
 
 
 def cut_python(source: str, head: str) -> str:
-    """Keep what `transport` reaches."""
+    """Keep what `dial` and `listen` reach."""
     tree = ast.parse(source)
     lines = source.splitlines()
     blocks: dict[str, ast.stmt] = {}
@@ -199,7 +217,7 @@ def cut_python(source: str, head: str) -> str:
         elif isinstance(node, ast.Assign | ast.AnnAssign):
             target = node.targets[0] if isinstance(node, ast.Assign) else node.target
             blocks[ast.unparse(target)] = node
-    kept = reach(ENTRY["py"], {name: names_in(node) for name, node in blocks.items()})
+    kept = reach(ENTRY, {name: names_in(node) for name, node in blocks.items()})
     used = set().union(*(names_in(blocks[name]) for name in kept))
     parts = [f'"""{head}.\n\nOptions follow as a query, as in `?wait=spin`.\n"""', ""]
     for node in tree.body:
@@ -208,7 +226,7 @@ def cut_python(source: str, head: str) -> str:
             parts += [ast.unparse(node)] if node.names else []
     for name, node in blocks.items():
         if name in kept:
-            gap = 2 if isinstance(node, ast.FunctionDef) else 1
+            gap = 1 if isinstance(node, ast.Assign | ast.AnnAssign) else 2
             parts += [""] * gap + lines[node.lineno - 1 : node.end_lineno]
     return "\n".join(parts) + "\n"
 
@@ -219,13 +237,14 @@ DEFINED = re.compile(
 
 
 def cut_cpp(source: str, head: str) -> str:
-    """Keep what `make_transport` reaches."""
+    """Keep what `dial` and `listen` reach."""
     paragraphs = list(paragraphs_of(source[source.index("#pragma once") :]))
     words: dict[str, set[str]] = {}
     for paragraph in paragraphs:
         for name in DEFINED.findall(paragraph):
-            words[name] = set(re.findall(r"\w+", re.sub(r"^//.*$", "", paragraph, flags=re.M)))
-    kept = reach(ENTRY["cpp"], words)
+            code = re.sub(r"^//.*$", "", paragraph, flags=re.M)
+            words.setdefault(name, set()).update(re.findall(r"\w+", code))
+    kept = reach(ENTRY, words)
     used = set().union(*(words[name] for name in kept))
     parts = []
     for paragraph in paragraphs:
@@ -259,13 +278,14 @@ def is_used(include: str, used: set[str]) -> bool:
 
 def defined_in(header: Path) -> set[str]:
     """The types that a header of ours defines."""
-    return set(re.findall(r"^(?:enum )?(?:class|struct) (\w+)", header.read_text(), re.M))
+    pattern = r"^(?:enum )?(?:class|struct|using) (?:\[\[.*\]\] )?(\w+)"
+    return set(re.findall(pattern, header.read_text(), re.M))
 
 
-def reach(start: str, uses: dict[str, set[str]]) -> set[str]:
-    """The definitions that one needs, itself among them."""
+def reach(start: Iterable[str], uses: dict[str, set[str]]) -> set[str]:
+    """The definitions that some need, themselves among them."""
     kept: set[str] = set()
-    due = [start]
+    due = list(start)
     while due:
         name = due.pop()
         if name in uses and name not in kept:
