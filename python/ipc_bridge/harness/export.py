@@ -5,8 +5,8 @@ thermostat of python/thermostat and cpp/thermostat, and the files of project/. I
 with .in
 
     @NAME@        is filled in,
-    @cpp LINE     is kept only if C++ is exported; likewise @py, @both, and @venv if Python takes
-                  packages.
+    @cpp LINE     is kept only if C++ is exported; likewise @py and @both, @venv if Python takes
+                  packages, @cppproto and @pyproto if a half takes what protoc makes.
 
 A manifest in the new project names every file that was written, with its SHA-256, so that a later
 export knows what is still as it was written; it touches nothing else.
@@ -27,7 +27,7 @@ import click
 import ipc_bridge
 from ipc_bridge.errors import Error, Status
 from ipc_bridge.harness import parts
-from ipc_bridge.harness.parts import PACKAGE, SOURCES, SUFFIX, Transport
+from ipc_bridge.harness.parts import PACKAGE, PROTO, SOURCES, SUFFIX, Transport
 from ipc_bridge.harness.programs import ROOT
 from ipc_bridge.peer import CommandLineError
 
@@ -114,6 +114,7 @@ def around(
     packages = requirements(foreign["py"])
     has_venv = "py" in languages and bool(packages)
     flags = {*languages, *["venv"] * has_venv, *["both"] * (len(languages) > 1)}
+    flags |= {f"{language}proto" for language in languages if PROTO in foreign[language]}
     names = ", ".join(f"`{one.name}`" for one in chosen)
     values = {
         "VERSION": ipc_bridge.__version__,
@@ -125,12 +126,16 @@ def around(
         "RUN_PYTHON": run_python(kind, has_venv, "$(PYTHON)"),
         "TITLE": f"The transport{'s' * (len(chosen) > 1)} {names}",
         "NEEDS": needs(languages, [one.debian for one in libraries], packages),
+        "STUBS_LINK": f" {PACKAGE}_stubs" * ("cppproto" in flags),
+        "STUBS": f" python/{PACKAGE}/bridge_pb2.py" * ("pyproto" in flags),
     }
     if kind == "bare":
         values["PROGRAMS"] = " ".join(bare_stem(one) for one in chosen)
     else:
         values |= by_hand(chosen, languages, run_python(kind, has_venv, "python3"))
     files = {"LICENSE": (ROOT / "LICENSE").read_text()}
+    if {"cppproto", "pyproto"} & flags:
+        files["proto/bridge.proto"] = (ROOT / "proto" / "bridge.proto").read_text()
     for path in sorted((PROJECT / kind).rglob("*")):
         if not path.is_file() or (path.name == "CMakeLists.txt.in" and "cpp" not in languages):
             continue
@@ -182,6 +187,9 @@ def needs(languages: list[str], debian: list[str], packages: list[str]) -> str:
     )
     system += ["python3-venv" if packages and "py" in languages else "python3"]
     text = f"It takes, by Debian's names, {', '.join(system)}."
+    if any(package.startswith("protobuf") for package in packages):
+        system += ["protobuf-compiler", "protobuf-compiler-grpc"]
+        text = f"It takes, by Debian's names, {', '.join(dict.fromkeys(system))}."
     if packages and "py" in languages:
         text += f" `make` puts {', '.join(packages)} into `.venv`."
     versions = {"cpp": "g++ >= 12 or clang >= 14", "py": "Python >= 3.11"}

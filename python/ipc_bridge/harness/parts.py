@@ -20,14 +20,17 @@ PACKAGE = "ipc_bridge"
 SOURCES = {"py": ROOT / "python", "cpp": ROOT / "cpp"}
 SUFFIX = {"py": ".py", "cpp": ".hpp"}
 ENTRY = ["dial", "listen"]  # of `endpoint`: all that an export needs of it
+FOR_ECHO = {"connect", "serve"}  # of `endpoint`: the same with echo and stream
 GENERATED = re.compile(r"_pb2(_grpc)?$|\.pb\.h$")  # from bridge.proto, by whoever builds
 
 PROTO = "google"  # among what others bring: the messages of bridge.proto, and protobuf
 
 # A module's first name: the distribution that brings it. Its versions stand in pyproject.toml.
 PYTHON_PACKAGES = {
-    "google": "protobuf",
+    PROTO: "protobuf",
     "grpc": "grpcio",
+    "grpc_health": "grpcio-health-checking",
+    "grpc_reflection": "grpcio-reflection",
     "sysv_ipc": "sysv-ipc",
     "zmq": "pyzmq",
 }
@@ -44,6 +47,16 @@ class Library:
 
 # The first part of an include: the library that brings it. Others are the compiler's and libc's.
 CPP_PACKAGES = {
+    PROTO: Library(
+        "find_package(Protobuf REQUIRED)",
+        "protobuf::libprotobuf",
+        "libprotobuf-dev protobuf-compiler",
+    ),
+    "grpcpp": Library(
+        "find_package(gRPC CONFIG REQUIRED)",
+        "gRPC::grpc++ gRPC::grpc++_reflection",
+        "libgrpc++-dev protobuf-compiler-grpc",
+    ),
     "zmq.hpp": Library("", "zmq", "libzmq3-dev cppzmq-dev"),
 }
 
@@ -226,13 +239,17 @@ def cut_python(source: str, head: str) -> str:
             parts += [ast.unparse(node)] if node.names else []
     for name, node in blocks.items():
         if name in kept:
-            gap = 1 if isinstance(node, ast.Assign | ast.AnnAssign) else 2
+            is_short = isinstance(node, ast.Assign | ast.AnnAssign)
+            gap = 1 if is_short and parts[-1].startswith(("import", "from")) else 2
             parts += [""] * gap + lines[node.lineno - 1 : node.end_lineno]
     return "\n".join(parts) + "\n"
 
 
 DEFINED = re.compile(
-    r"^(?:\[\[\w+\]\] )?(?:struct|class|using|inline)\b[^(={;]*?(\w+)(?:\[\])? ?[(={;]", re.M
+    r"^(?:struct|class) (\w+)"
+    r"|^using (\w+) ="
+    r"|^(?:\[\[\w+\]\] )?inline [^(={;]*?(\w+)(?:\[\])? ?[(={;]",
+    re.M,
 )
 
 
@@ -241,14 +258,14 @@ def cut_cpp(source: str, head: str) -> str:
     paragraphs = list(paragraphs_of(source[source.index("#pragma once") :]))
     words: dict[str, set[str]] = {}
     for paragraph in paragraphs:
-        for name in DEFINED.findall(paragraph):
+        for name in defines(paragraph):
             code = re.sub(r"^//.*$", "", paragraph, flags=re.M)
             words.setdefault(name, set()).update(re.findall(r"\w+", code))
     kept = reach(ENTRY, words)
     used = set().union(*(words[name] for name in kept))
     parts = []
     for paragraph in paragraphs:
-        defined = set(DEFINED.findall(paragraph))
+        defined = defines(paragraph)
         if not defined or defined & kept:
             parts.append(
                 INCLUDE_LINE.sub(lambda match: match[0] * is_used(match[1], used), paragraph)
@@ -256,6 +273,11 @@ def cut_cpp(source: str, head: str) -> str:
     return "\n\n".join(
         [f"// {head}.\n//\n// Options follow as a query, as in `?wait=spin`.", *parts]
     )
+
+
+def defines(paragraph: str) -> set[str]:
+    """The names that a paragraph defines."""
+    return {name for names in DEFINED.findall(paragraph) for name in names if name}
 
 
 INCLUDE_LINE = re.compile(r"^#include <(.+)>\n?", re.M)
@@ -288,7 +310,7 @@ def reach(start: Iterable[str], uses: dict[str, set[str]]) -> set[str]:
     due = list(start)
     while due:
         name = due.pop()
-        if name in uses and name not in kept:
+        if name in uses and name not in kept | FOR_ECHO:
             kept.add(name)
             due += uses[name]
     return kept
