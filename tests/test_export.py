@@ -226,7 +226,7 @@ def test_what_others_bring_is_known(transport: str, language: str) -> None:
     stem = parts.transports()[transport].stem
     file = parts.SOURCES[language] / parts.PACKAGE / "transports" / (stem + parts.SUFFIX[language])
     assert file.exists(), "both languages use one stem"
-    _, others = parts.closure(language, [file])
+    _, others = parts.closure([file])
     known = parts.PYTHON_PACKAGES if language == "py" else parts.CPP_PACKAGES
     assert others <= set(known)
 

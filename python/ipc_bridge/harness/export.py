@@ -6,7 +6,8 @@ with .in
 
     @NAME@        is filled in,
     @cpp LINE     is kept only if C++ is exported; likewise @py and @both, @venv if Python takes
-                  packages, @cppproto and @pyproto if a half takes what protoc makes.
+                  packages, @cppproto and @pyproto if a half takes what protoc makes, @native if
+                  Python has a module in C++, @build if there is anything to compile.
 
 A manifest in the new project names every file that was written, with its SHA-256, so that a later
 export knows what is still as it was written; it touches nothing else.
@@ -27,7 +28,7 @@ import click
 import ipc_bridge
 from ipc_bridge.errors import Error, Status
 from ipc_bridge.harness import parts
-from ipc_bridge.harness.parts import PACKAGE, PROTO, SOURCES, SUFFIX, Transport
+from ipc_bridge.harness.parts import NANOBIND, PACKAGE, PROTO, SOURCES, SUFFIX, Transport
 from ipc_bridge.harness.programs import ROOT
 from ipc_bridge.peer import CommandLineError
 
@@ -66,9 +67,8 @@ def pair_files(chosen: list[Transport], languages: list[str]) -> Files:
         files[f"{TOPS[language]}/{endpoint}"] = cut = parts.cut_endpoint(language, schemes)
         start = [*service, *(folder / f"{stem}{SUFFIX[language]}" for stem in stems)]
         start += parts.USES[language](parts.endpoint_file(language), cut)[0]
-        found, foreign[language] = parts.closure(language, start)
-        for path in found:
-            files[f"{TOPS[language]}/{path.relative_to(SOURCES[language])}"] = path.read_text()
+        found, foreign[language] = parts.closure(start)
+        files |= {str(path.relative_to(ROOT)): path.read_text() for path in found}
     if "py" in languages:
         package = f"python/{PACKAGE}"
         files[f"{package}/__init__.py"] = INIT
@@ -112,8 +112,11 @@ def around(
     """The files of project/KIND that these languages need, filled in."""
     libraries = [parts.CPP_PACKAGES[name] for name in sorted(foreign["cpp"])]
     packages = requirements(foreign["py"])
+    is_native = NANOBIND in foreign["py"]
+    builds = is_native or "cpp" in languages
     has_venv = "py" in languages and bool(packages)
     flags = {*languages, *["venv"] * has_venv, *["both"] * (len(languages) > 1)}
+    flags |= {*["native"] * is_native, *["build"] * builds}
     flags |= {f"{language}proto" for language in languages if PROTO in foreign[language]}
     names = ", ".join(f"`{one.name}`" for one in chosen)
     values = {
@@ -137,7 +140,7 @@ def around(
     if {"cppproto", "pyproto"} & flags:
         files["proto/bridge.proto"] = (ROOT / "proto" / "bridge.proto").read_text()
     for path in sorted((PROJECT / kind).rglob("*")):
-        if not path.is_file() or (path.name == "CMakeLists.txt.in" and "cpp" not in languages):
+        if not path.is_file() or (path.name == "CMakeLists.txt.in" and not builds):
             continue
         name = str(path.relative_to(PROJECT / kind)).replace("gitignore", ".gitignore")
         text = path.read_text()
@@ -169,9 +172,11 @@ def fill(text: str, flags: set[str], values: dict[str, str]) -> str:
 
 def requirements(modules: Iterable[str]) -> list[str]:
     """What pip is to install, with the versions that this project knows to work."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    project = pyproject["project"]
     extras = project["optional-dependencies"].values()
-    known = [*project["dependencies"], *(text for extra in extras for text in extra)]
+    known = [*project["dependencies"], *pyproject["build-system"]["requires"]]
+    known += [text for extra in extras for text in extra]
     found = []
     for distribution in sorted({parts.PYTHON_PACKAGES[module] for module in modules}):
         pattern = re.compile(re.escape(distribution) + r"(?![\w-])")
@@ -182,9 +187,10 @@ def requirements(modules: Iterable[str]) -> list[str]:
 def needs(languages: list[str], debian: list[str], packages: list[str]) -> str:
     """A sentence for README: what must be there."""
     system = ["make"]
-    system += ["g++", "cmake", *sorted({name for one in debian for name in one.split()})] * (
-        "cpp" in languages
-    )
+    is_native = any(package.startswith(NANOBIND) for package in packages)
+    if is_native or "cpp" in languages:
+        system += ["g++", "cmake", *sorted({name for one in debian for name in one.split()})]
+    system += ["python3-dev"] * is_native
     system += ["python3-venv" if packages and "py" in languages else "python3"]
     text = f"It takes, by Debian's names, {', '.join(system)}."
     if any(package.startswith("protobuf") for package in packages):

@@ -25,9 +25,13 @@ GENERATED = re.compile(r"_pb2(_grpc)?$|\.pb\.h$")  # from bridge.proto, by whoev
 
 PROTO = "google"  # among what others bring: the messages of bridge.proto, and protobuf
 
+NATIVE = SOURCES["cpp"] / "native.cpp"  # Python's module in C++
+NANOBIND = "nanobind"  # among what others bring: what builds that module
+
 # A module's first name: the distribution that brings it. Its versions stand in pyproject.toml.
 PYTHON_PACKAGES = {
     PROTO: "protobuf",
+    NANOBIND: "nanobind",
     "grpc": "grpcio",
     "grpc_health": "grpcio-health-checking",
     "grpc_reflection": "grpcio-reflection",
@@ -104,6 +108,11 @@ def uses_python(path: Path, text: str) -> tuple[set[Path], set[str]]:
         if GENERATED.search(module):
             others.add(PROTO)
             continue
+        native = SOURCES["py"].joinpath(*module.split("."), name + ".pyi")
+        if first == PACKAGE and native.exists() and not native.with_suffix(".py").exists():
+            ours |= {native, NATIVE}  # a module in C++: its types, its source
+            others.add(NANOBIND)
+            continue
         if first == PACKAGE:
             file = python_file(f"{module}.{name}") or python_file(module)
             if file is not None:
@@ -139,7 +148,7 @@ USES: dict[str, Callable[[Path, str], tuple[set[Path], set[str]]]] = {
 }
 
 
-def closure(language: str, start: Iterable[Path]) -> tuple[set[Path], set[str]]:
+def closure(start: Iterable[Path]) -> tuple[set[Path], set[str]]:
     """All files of ours that some files need, themselves among them, and what others must bring.
 
     `endpoint` is not followed: it knows every transport, and an export gets it cut down.
@@ -152,6 +161,9 @@ def closure(language: str, start: Iterable[Path]) -> tuple[set[Path], set[str]]:
         if path in found or path.stem == "endpoint":
             continue
         found.add(path)
+        if path.suffix == ".pyi":
+            continue
+        language = "py" if path.suffix == ".py" else "cpp"
         ours, foreign = USES[language](path, path.read_text())
         due += ours
         others |= foreign
