@@ -68,8 +68,6 @@ def test_what_is_not_run_says_why(page: Path) -> None:
     for snippet in snippets(page):
         runs = snippet.language in ("sh", "python", "cpp")
         assert runs or snippet.file or snippet.skipped or snippet.language in ("", "proto"), snippet
-        if "`not run`" not in snippet.skipped:
-            assert len(snippet.skipped) != 1
 
 
 @pytest.mark.parametrize("page", PROSE, ids=name_of)
@@ -108,6 +106,6 @@ def test_every_transport_has_a_page(transport: str) -> None:
     text = page.read_text()
 
     headings = re.findall(r"^## (.*)$", text, re.M)
-    assert headings[:5] == ["When", "How the peers meet", "Traps", "Limits", "Try it"]
+    assert headings == ["When", "How the peers meet", "Traps", "Limits", "Try it", "Figures"]
     assert {"sh", "python", "cpp"} <= {snippet.language for snippet in snippets(page)}
     assert f"({transport}.md)" in (ROOT / "docs" / "README.md").read_text()

@@ -334,22 +334,19 @@ def write_manifest(directory: Path, written: dict[str, str]) -> None:
 # --- the command ---
 
 
-def sizes(files: Files, languages: list[str], bare: bool) -> str:
+def sizes(files: Files, bare: bool) -> str:
     """How much was copied: lines of code, a line a language."""
+    own, shared = ("mechanism", "shared") if bare else ("service and programs", "library")
     lines = []
-    for language in languages:
-        counts = {"yours": 0, "library": 0}
+    for language, top in TOPS.items():
+        counts = {own: 0, shared: 0}
         for name, text in files.items():
-            if name.startswith(TOPS[language] + "/"):
-                part = "library" if "rounds" in name or f"/{SERVICE}/" not in name else "yours"
-                if bare:
-                    part = "library" if "rounds" in name else "yours"
-                counts[part] += parts.code_lines(name, text)
-        told = ("mechanism", "shared") if bare else ("service and programs", "library")
-        lines.append(
-            f"{TITLES[language]}: {counts['yours']} lines of code of {told[0]}, "
-            f"{counts['library']:,} of {told[1]}"
-        )
+            if name.startswith(top + "/"):
+                is_own = "/rounds." not in name if bare else f"/{SERVICE}/" in name
+                counts[own if is_own else shared] += parts.code_lines(name, text)
+        if any(counts.values()):
+            told = f"{counts[own]} lines of code of {own}, {counts[shared]:,} of {shared}"
+            lines.append(f"{TITLES[language]}: {told}")
     return "\n".join(lines)
 
 
@@ -390,5 +387,5 @@ def export(
         raise Error(Status.PERMISSION_DENIED, error.strerror or "", str(error.filename)) from None
     for path in kept:
         click.echo(f"kept as it was: {path}")
-    click.echo(sizes(files, languages, bare))
+    click.echo(sizes(files, bare))
     click.echo(f"wrote {len(files) - len(kept)} files; next: make -C {directory} smoke")

@@ -1,6 +1,7 @@
 """Does every client get on with every server?  python tests/smoke.py PROGRAM..."""
 
 import os
+import random
 import select
 import shlex
 import subprocess
@@ -15,6 +16,8 @@ BUILD = ROOT / os.environ.get("BUILD", "build")
 LANGUAGES = [name for name, top in (("C++", "cpp"), ("Python", "python")) if (ROOT / top).exists()]
 SIZE, WAIT, ROUNDS = "64", "block", "100"
 PATIENCE_S = 20.0
+# What a usage text may call an address, if it is no path.
+ADDRESSES = {"PORT": "0", "ADDRESS": "unix:{}", "KEY": str(random.randrange(1 << 20, 1 << 30))}
 
 
 def program(name: str, language: str) -> list[str]:
@@ -53,7 +56,10 @@ def ping(name: str, client: str, server: str) -> str:
     if "COMMAND" in told:
         return run([*words, SIZE, WAIT, ROUNDS, "--", *serve, SIZE, WAIT])
     with tempfile.TemporaryDirectory() as directory:
-        address = "0" if " PORT " in told else f"{directory}/address"
+        address = f"{directory}/address"
+        for word, form in ADDRESSES.items():
+            if f" {word} " in told:
+                address = form.format(address)
         with serving([*serve, address, SIZE, WAIT]) as address:
             return run([*words, address, SIZE, WAIT, ROUNDS])
 
