@@ -298,17 +298,29 @@ inline std::unique_ptr<Transport> make_transport(const std::string& url) {
     endpoint::refuse("unknown scheme; known are " + known, url);
 }
 
-// Reach the server at `url`; the options and errors are those of Client.
-inline Bridge connect(const std::string& url, const ConnectOptions& options = {}) {
-    return Bridge(std::make_unique<Client>(*make_transport(url), options));
+// Reach the server at `url`, for a service of one's own; the options and errors are those of
+// Client.
+inline std::unique_ptr<Caller> dial(const std::string& url, const ConnectOptions& options = {}) {
+    return std::make_unique<Client>(*make_transport(url), options);
 }
 
-// Become the server of `url`; `run` what it returns. The options and errors are those of Server;
-// the service is echo and stream unless given.
+// As `dial`, for echo and stream.
+inline Bridge connect(const std::string& url, const ConnectOptions& options = {}) {
+    return Bridge(dial(url, options));
+}
+
+// Become the server of `url`; `run` what it returns. The options and errors are those of Server.
+inline std::unique_ptr<Server> listen(
+    const std::string& url, Service service, const ServeOptions& options = {}
+) {
+    return std::make_unique<Server>(*make_transport(url), std::move(service), options);
+}
+
+// As `listen`; the service is echo and stream unless given.
 inline std::unique_ptr<Server> serve(
     const std::string& url, Service service = make_service(), const ServeOptions& options = {}
 ) {
-    return std::make_unique<Server>(*make_transport(url), std::move(service), options);
+    return listen(url, std::move(service), options);
 }
 
 }  // namespace ipc_bridge

@@ -42,6 +42,23 @@ def transport(url: str) -> Transport:
     return make(url)
 
 
+def dial(
+    url: str,
+    *,
+    window_bytes: int = WINDOW_BYTES,
+    payload_bytes_max: int = frame.PAYLOAD_BYTES_MAX,
+    timeout: float | None = client.CONNECT_TIMEOUT_S,
+) -> client.Caller:
+    """Reach the server at `url`, for a service of one's own; the options and errors are those of
+    `client.connect`."""
+    return client.connect(
+        transport(url),
+        window_bytes=window_bytes,
+        payload_bytes_max=payload_bytes_max,
+        timeout=timeout,
+    )
+
+
 def connect(
     url: str,
     *,
@@ -49,14 +66,35 @@ def connect(
     payload_bytes_max: int = frame.PAYLOAD_BYTES_MAX,
     timeout: float | None = client.CONNECT_TIMEOUT_S,
 ) -> Bridge:
-    """Reach the server at `url`; the options and errors are those of `client.connect`."""
+    """As `dial`, for echo and stream."""
     return Bridge(
-        client.connect(
-            transport(url),
+        dial(
+            url,
             window_bytes=window_bytes,
             payload_bytes_max=payload_bytes_max,
             timeout=timeout,
         )
+    )
+
+
+def listen(
+    url: str,
+    service: server.Service,
+    *,
+    window_bytes: int = WINDOW_BYTES,
+    payload_bytes_max: int = frame.PAYLOAD_BYTES_MAX,
+    clients_max: int = server.CLIENTS_MAX,
+    grace_s: float = server.GRACE_S,
+) -> server.Server:
+    """Become the server of `url`; `run` what it returns. The options and errors are those of
+    `server.Server`."""
+    return server.Server(
+        transport(url),
+        service,
+        window_bytes=window_bytes,
+        payload_bytes_max=payload_bytes_max,
+        clients_max=clients_max,
+        grace_s=grace_s,
     )
 
 
@@ -69,10 +107,9 @@ def serve(
     clients_max: int = server.CLIENTS_MAX,
     grace_s: float = server.GRACE_S,
 ) -> server.Server:
-    """Become the server of `url`; `run` what it returns. The options and errors are those of
-    `server.Server`; the service is echo and stream unless given."""
-    return server.Server(
-        transport(url),
+    """As `listen`; the service is echo and stream unless given."""
+    return listen(
+        url,
         make_service() if service is None else service,
         window_bytes=window_bytes,
         payload_bytes_max=payload_bytes_max,

@@ -16,6 +16,7 @@ from ipc_bridge.peer import CommandLineError
 
 # Its name: the module of this package that defines it, by that name.
 COMMANDS: dict[str, str] = {
+    "export": "export",
     "curve-keys": "curve_keys",
     "doctor": "doctor",
 }
