@@ -1,6 +1,9 @@
 # The front door. `make` lists the targets; each brings what it needs, on a fresh machine too.
 
 TRANSPORT   ?= unix
+PROFILE     ?= quick
+OUT         ?=
+RESULTS     ?= results
 SANITIZE    ?=
 PYTEST_ARGS ?=
 
@@ -21,7 +24,7 @@ export TSAN_OPTIONS  ?= halt_on_error=1:second_deadlock_stack=1
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup configure build demo test model lint format clean distclean
+.PHONY: help setup configure build demo bench report test model lint format clean distclean
 
 help:  ## list the targets
 	@echo "usage: make TARGET [NAME=value]"; echo
@@ -38,6 +41,12 @@ build: configure  ## build the C++ programs (SANITIZE=address,undefined or SANIT
 
 demo: build  ## show the four pairings talk over one transport (TRANSPORT=unix)
 	@$(VENV) -m ipc_bridge.harness.demo $(TRANSPORT)
+
+bench: build  ## measure all transports and pairings (PROFILE=quick|full, OUT=DIR)
+	@$(VENV) -m ipc_bridge.harness.cli bench --profile $(PROFILE) $(if $(OUT),--out $(OUT))
+
+report: setup  ## make pictures and a page of the newest results (RESULTS=DIR, OUT=DIR)
+	@$(VENV) -m ipc_bridge.harness.cli report $(RESULTS) $(if $(OUT),--out $(OUT))
 
 test: build  ## run all tests (SANITIZE=..., PYTEST_ARGS='-k echo -x')
 	@$(LOCKED) ctest --test-dir $(BUILD) --output-on-failure
