@@ -17,6 +17,8 @@ from ipc_bridge.peer import CommandLineError
 # Its name: the module of this package that defines it, by that name.
 COMMANDS: dict[str, str] = {
     "bench": "bench",
+    "report": "report",
+    "recommend": "recommend",
 }
 
 

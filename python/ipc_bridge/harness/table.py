@@ -46,9 +46,13 @@ class Group:
                 found[transport] = value
         return found
 
-    def places(self, pairing: tuple[str, str]) -> dict[str, tuple[int, int]]:
-        """The place of each transport, as a range where it is a tie."""
-        return ranks(self.figures(pairing), self.best_is_low)
+    def places(
+        self, pairing: tuple[str, str], among: Sequence[str] | None = None
+    ) -> dict[str, tuple[int, int]]:
+        """The place of each transport (among some), as a range where it is a tie."""
+        figures = self.figures(pairing)
+        some = {name: figures[name] for name in among or () if name in figures}
+        return ranks(figures if among is None else some, self.best_is_low)
 
 
 def cell_of(entry: Entry) -> Cell:
