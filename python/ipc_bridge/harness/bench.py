@@ -154,7 +154,7 @@ def bench(
         for cell, reason in skipped.items():
             click.echo(f"skipped: {cell.label()}: {reason}")
         return 0
-    return measure(plan, skipped, out or RESULTS_DIR / f"{now():%Y%m%d-%H%M%S}", profile)
+    return measure(plan, skipped, out or RESULTS_DIR / f"{now():%Y%m%d-%H%M%S}", profile, Console())
 
 
 def now() -> datetime.datetime:
@@ -216,9 +216,10 @@ def choose(
 # --- measuring ---
 
 
-def measure(plan: Plan, skipped: Mapping[Cell, str], out: Path, profile: str) -> int:
+def measure(
+    plan: Plan, skipped: Mapping[Cell, str], out: Path, profile: str, console: Console
+) -> int:
     """Run the plan, write what it found, and show it; the exit code."""
-    console = Console()
     out.mkdir(parents=True, exist_ok=True)
     began, before = now(), environment.Clock.now()
     about = environment.describe()

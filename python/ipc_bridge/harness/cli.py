@@ -18,6 +18,7 @@ from ipc_bridge.peer import CommandLineError
 COMMANDS: dict[str, str] = {
     "bench": "bench",
     "report": "report",
+    "compare": "compare",
     "recommend": "recommend",
 }
 

@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import LogFormatter
 
 from ipc_bridge.harness.matrix import setting_label, size_text
 from ipc_bridge.harness.results import Document, figure_of
@@ -83,6 +85,12 @@ def make(width: float = WIDTH, height: float = HEIGHT) -> tuple[Canvas, Axes]:
     return canvas, canvas.add_subplot()
 
 
+def plain(axis: Axis) -> None:
+    """Ticks of a logarithmic axis as numbers: 20, not 2 x 10^1."""
+    axis.set_major_formatter(lambda value, _: f"{value:,g}")
+    axis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+
+
 def file_name(*words: str) -> str:
     """Of letters that every system takes."""
     text = "-".join(words).lower().replace(" ", "-").replace("/s", "hz")
@@ -155,6 +163,7 @@ def intervals(group: Group) -> Plot:
             errors = np.array([value - low, high - value]) / factor
             axes.errorbar(value / factor, y, xerr=errors, elinewidth=1, **look)
     axes.set_xscale("log")
+    plain(axes.xaxis)
     axes.set_yticks(range(len(group.transports)), group.transports)
     axes.invert_yaxis()
     what = {"us": "median latency (us)", "items/s": "items/s", "MB/s": "MB/s"}[group.unit]
@@ -188,6 +197,7 @@ def overheads(group: Group) -> list[Plot]:
         return []
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xscale("log")
+    plain(axes.xaxis)
     axes.set_yticks(range(len(group.transports)), group.transports)
     axes.invert_yaxis()
     floor = "bare C++ program" if group.cell.op == "echo" else "copy through shared memory"
@@ -248,6 +258,7 @@ def percentiles(group: Group) -> list[Plot]:
             continue
         ticks = {0.5: "50", 0.9: "90", 0.99: "99", 0.999: "99.9", 0.9999: "99.99"}
         axes.set_yscale("log")
+        plain(axes.yaxis)
         axes.set_xticks([nines(share) for share in ticks], [*ticks.values()])
         axes.set_xlabel("percentile (each step a tenth of the rest)")
         axes.set_ylabel("latency (us), log scale")
@@ -308,6 +319,7 @@ def against_size(
             axes.fill_between(x, low, high, color=style_of(number)["color"], alpha=0.15)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
+        plain(axes.yaxis)
         axes.set_xticks(sizes, [size_text(size) for size in sizes])
         axes.minorticks_off()
         axes.set_xlabel("size of the payload, log scale")

@@ -11,7 +11,6 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ipc_bridge.endpoint import SCHEMES
 from ipc_bridge.errors import Error, Status
 from ipc_bridge.harness.bench import RESULTS_DIR
 from ipc_bridge.harness.matrix import OPS, PLACEMENTS, SIZE_BYTES_MAX, WAITS, size_text, traits
@@ -123,7 +122,7 @@ def recommend_from(document: Document, wanted: Wanted) -> tuple[Group, list[Choi
     """The setting that was looked at, and what fits, best first. Raises Error: NOT_FOUND."""
     group = nearest(document, wanted)
     figures = group.figures(wanted.pairing)
-    fitting = [name for name in figures if name not in SCHEMES or fits(name, wanted)]
+    fitting = [name for name in figures if fits(name, wanted)]
     places = group.places(wanted.pairing, fitting)
     sign = 1 if group.best_is_low else -1
     choices = []

@@ -5,6 +5,7 @@ A round's figure comes from its exact samples. A cell's figure is the median ove
 what else the machine did), so that they are no independent draws, and rounds are.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -77,3 +78,44 @@ def ranks(figures: Mapping[str, Figure], best_is_low: bool = True) -> dict[str, 
             below, above = above, below
         places[name] = (1 + below, len(figures) - above)
     return places
+
+
+# --- comparing two runs ---
+
+
+class Shift(NamedTuple):
+    """By what share the second is above the first, and its interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def rank_test(more: NDArray[np.float64], less: NDArray[np.float64]) -> float:
+    """How likely such ranks are, or clearer ones, if `more` is not above `less` (one-sided)."""
+    from scipy import stats  # here, as its start is slow and a run does not need it
+
+    return float(stats.mannwhitneyu(more, less, alternative="greater").pvalue)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Corrected for their number: that one of them is below a bound by chance is as unlikely as
+    for a single one (S. Holm, 1979)."""
+    order = np.argsort(p_values)
+    corrected = np.empty(len(p_values))
+    highest = 0.0
+    for place, at in enumerate(order):
+        highest = max(highest, min(1.0, (len(p_values) - place) * p_values[at]))
+        corrected[at] = highest
+    return corrected.tolist()
+
+
+def shift(old: Sequence[float], new: Sequence[float]) -> Shift:
+    """Of logarithms: the median of all differences (Hodges and Lehmann), as a share. The interval
+    holds the shifts that the rank test would not reject, by its normal approximation."""
+    differences = np.sort(np.subtract.outer(np.asarray(new), np.asarray(old)).ravel())
+    count = len(differences)
+    deviation = math.sqrt(count * (len(old) + len(new) + 1) / 12)
+    outside = max(0, math.floor(count / 2 - 1.96 * deviation))
+    found = np.median(differences), differences[outside], differences[count - 1 - outside]
+    return Shift(*(float(np.expm1(one)) for one in found))

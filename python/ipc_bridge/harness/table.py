@@ -132,7 +132,8 @@ def shown(entry: Entry | None, group: Group, places: tuple[int, int] | None) -> 
 
 def print_results(console: Console, document: Document) -> None:
     """All tables, what failed, what was skipped, and the warnings."""
-    wide = console if console.is_terminal else Console(width=WIDTH_OFF_TERMINAL)
+    is_shown = console.is_terminal or console.quiet
+    wide = console if is_shown else Console(width=WIDTH_OFF_TERMINAL)
     for group in groups(document):
         wide.print(make_table(group))
     machine = [one for one in document["floors"] if one["kind"] != "bare"]
