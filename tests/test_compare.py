@@ -21,8 +21,8 @@ from ipc_bridge.harness.statistics import Figure
 
 PAIRS = 40
 ROUNDS = 10
-TRANSPORTS = ("unix", "tcp")
-PAIRINGS = (("cpp", "cpp"), ("py", "py"))
+TRANSPORTS = ("pipe", "stdio", "unix", "tcp")
+PAIRINGS = (("py", "py"),)
 SLOWED = "tcp py-py echo 64B block same-core"
 
 
@@ -91,13 +91,13 @@ def test_runs_of_the_same_thing_raise_no_alarm(noise: Noise) -> None:
 @pytest.mark.usefixtures("no_figures")
 def test_a_cell_that_is_a_fifth_slower_is_found() -> None:
     random = np.random.default_rng(4)
-    missed = 0
+    missed = alarms = 0
     for _ in range(PAIRS):
         found = judge(made_run(random, QUIET), made_run(random, QUIET, 0.2), LIMITS)
         (one,) = (one for one in found if one.cell == SLOWED)
         missed += one.verdict != "regressed"
-        assert {one.cell for one in found if one.verdict == "regressed"} <= {SLOWED}
-    assert missed <= 1
+        alarms += any(one.verdict == "regressed" for one in found if one.cell != SLOWED)
+    assert (missed <= 1, alarms <= 2) == (True, True), (missed, alarms)
 
 
 @pytest.mark.usefixtures("no_figures")

@@ -20,6 +20,7 @@ COMMANDS: dict[str, str] = {
     "report": "report",
     "compare": "compare",
     "recommend": "recommend",
+    "sweep": "sweep",
 }
 
 

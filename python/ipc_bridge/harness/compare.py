@@ -37,8 +37,7 @@ from ipc_bridge.peer import EXIT_INTERRUPTED, CommandLineError
 EXIT_REGRESSED = 1
 EXIT_INCONCLUSIVE = 3
 EXIT_CELL_FAILED = 4
-ALPHA = 0.02  # of a false alarm, over all that is judged together
-ALPHA_PASSED = 0.05  # of passing, for each, what is worse by its limit
+ALPHA = 0.05  # of a false alarm, over all that is judged; of passing what is worse, for each
 ROUNDS_MIN = 3  # of a cell, on either side: fewer cannot be ranked
 ROUNDS_TO_GATE = 10  # with fewer, the correction leaves nothing that is significant
 LIMITS = {"p50": 0.05, "throughput": 0.05}  # the metrics that are judged: what they may lose
@@ -168,7 +167,7 @@ def judge_series(
             verdict = "regressed"
         elif better_corrected[key] < ALPHA:
             verdict = "improved"
-        elif rank_test(np.array(one.old) + math.log1p(limit), np.array(one.new)) < ALPHA_PASSED:
+        elif rank_test(np.array(one.old) + math.log1p(limit), np.array(one.new)) < ALPHA:
             verdict = "passed"
         found.append(Judged(cell, metric, verdict, change, worse_corrected[key], limit))
     return found

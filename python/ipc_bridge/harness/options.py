@@ -79,10 +79,12 @@ class Seconds(click.ParamType[Any]):
     def convert(self, value: Any, param: Any, ctx: Any) -> float:
         if not isinstance(value, str):
             return float(value)
-        match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(ms|s|m|h|)", value)
+        match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(us|ms|s|m|h|)", value)
         if not match:
             self.fail(f"'{value}' is not a time, as 0.5, 90s or 5m", param, ctx)
-        seconds = float(match[1]) * {"ms": 1e-3, "s": 1, "": 1, "m": 60, "h": 3600}[match[2]]
+        seconds = (
+            float(match[1]) * {"us": 1e-6, "ms": 1e-3, "s": 1, "": 1, "m": 60, "h": 3600}[match[2]]
+        )
         if not self.low <= seconds <= self.high:
             self.fail(f"'{value}' is not within {self.low:g}s to {self.high:g}s", param, ctx)
         return seconds

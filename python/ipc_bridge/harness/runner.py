@@ -74,10 +74,11 @@ class Plan:
     connect: str = ""  # the URL of a server that runs elsewhere; none is started then
     budget_s: float = float("inf")  # no further round is begun that would end after it
     seed: int = 0  # of the order
+    with_floors: bool = True
 
     def floors(self) -> list[Floor]:
         """What the cells are compared with; nothing where the server is elsewhere."""
-        return [] if self.connect else floors_of(self.cells)
+        return floors_of(self.cells) if self.with_floors and not self.connect else []
 
     def launches(self) -> dict[Launch, list[Cell]]:
         """The cells by what they share."""
