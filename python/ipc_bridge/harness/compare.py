@@ -5,7 +5,7 @@ is compared is the ratio of a cell to its floor, round by round of the same run,
 both falls out. (A cell without a floor is compared as it is.)
 
 A metric of a cell has regressed if it is worse beyond noise, and by more than the limit. Noise is
-judged by ranks (Mann and Whitney: no assumption about the tails, which are long), with Holm's
+judged by Welch's test of trimmed means (Yuen: a round or two may be far off), with Holm's
 correction over all that is judged: of a hundred cells, five would be an alarm else. It has passed
 if a change as large as the limit can be ruled out. What is neither is inconclusive: more rounds
 would tell.
@@ -13,7 +13,6 @@ would tell.
 
 import json
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +29,7 @@ from ipc_bridge.harness.bench import RESULTS_DIR, measure, now
 from ipc_bridge.harness.options import RESULTS, Seconds
 from ipc_bridge.harness.results import Document, load, newest
 from ipc_bridge.harness.runner import Plan
-from ipc_bridge.harness.statistics import Shift, holm, rank_test, shift
+from ipc_bridge.harness.statistics import Shift, above_test, holm, shift
 from ipc_bridge.harness.table import Entry, cell_of
 from ipc_bridge.peer import EXIT_INTERRUPTED, CommandLineError
 
@@ -38,8 +37,8 @@ EXIT_REGRESSED = 1
 EXIT_INCONCLUSIVE = 3
 EXIT_CELL_FAILED = 4
 ALPHA = 0.05  # of a false alarm, over all that is judged; of passing what is worse, for each
-ROUNDS_MIN = 3  # of a cell, on either side: fewer cannot be ranked
-ROUNDS_TO_GATE = 10  # with fewer, the correction leaves nothing that is significant
+ROUNDS_MIN = 5  # of a cell, on either side: of fewer, nothing could be trimmed off
+ROUNDS_TO_GATE = 10  # with fewer, small changes stay inconclusive
 LIMITS = {"p50": 0.05, "throughput": 0.05}  # the metrics that are judged: what they may lose
 METRICS = ("p50", "p90", "p99", "p99_9", "max", "throughput", "cpu")
 VERDICTS = ("regressed", "failed", "inconclusive", "passed", "improved")
@@ -69,30 +68,16 @@ class Series(NamedTuple):
 
 
 def costs(document: Document, entry: Entry, metric: str) -> list[float]:
-    """What a metric cost in each round, in logarithms, over what the floor was then."""
+    """What a metric cost in each round, in logarithms, over what the floor cost in the same round:
+    so the noise of the floor is part of that of the ratio, and of the verdict."""
     floor = next((one for one in document["floors"] if one["id"] == entry["floor"]), None)
-    bases = floor_in_rounds(document, floor) if floor and metric != "cpu" else None
+    bases = levels(floor) if floor and metric != "cpu" else None
     found = []
     for one in entry["rounds"]:
         cost = cost_of(one, metric)
         if cost and (bases is None or one["round"] in bases):
             found.append(math.log(cost) - (bases[one["round"]] if bases else 0.0))
     return found
-
-
-def floor_in_rounds(document: Document, floor: Entry) -> dict[int, float]:
-    """The floor of a cell, by round, in logarithms: its median over the run, moved by how quick the
-    machine was in the round. That is the median over all floors of the kind, for one alone is as
-    noisy as a cell is."""
-    moved: dict[int, list[float]] = {}
-    for other in document["floors"]:
-        if other["kind"] == floor["kind"]:
-            values = levels(other)
-            middle = statistics.median(values.values())
-            for number, value in values.items():
-                moved.setdefault(number, []).append(value - middle)
-    own = statistics.median(levels(floor).values())
-    return {number: own + statistics.median(values) for number, values in moved.items()}
 
 
 def levels(floor: Entry) -> dict[int, float]:
@@ -150,8 +135,8 @@ def judge_series(
     worse, better = {}, {}
     for key in tested:
         old, new = np.array(series[key].old), np.array(series[key].new)
-        worse[key] = rank_test(new, old)
-        better[key] = rank_test(old, new)
+        worse[key] = above_test(new, old)
+        better[key] = above_test(old, new)
     worse_corrected = dict(zip(worse, holm([*worse.values()]), strict=True))
     better_corrected = dict(zip(better, holm([*better.values()]), strict=True))
     found = []
@@ -167,7 +152,7 @@ def judge_series(
             verdict = "regressed"
         elif better_corrected[key] < ALPHA:
             verdict = "improved"
-        elif rank_test(np.array(one.old) + math.log1p(limit), np.array(one.new)) < ALPHA:
+        elif above_test(np.array(one.old) + math.log1p(limit), np.array(one.new)) < ALPHA:
             verdict = "passed"
         found.append(Judged(cell, metric, verdict, change, worse_corrected[key], limit))
     return found
