@@ -32,8 +32,8 @@ std::byte* map(int file, const rounds::Words& words) {
     const std::size_t size = 2 * stride * (words.size / chunk + 1);
     checked(ftruncate(file, static_cast<off_t>(size)), "ftruncate");
     void* at = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, file, 0);
-    return at == MAP_FAILED ? rounds::fail("mmap", std::strerror(errno)), nullptr
-                            : static_cast<std::byte*>(at);
+    return at == MAP_FAILED ? rounds::fail("mmap", std::strerror(errno)),
+           nullptr          : static_cast<std::byte*>(at);
 }
 
 // Chunks, so that the reader copies the first out while the writer copies the next in.
@@ -68,8 +68,7 @@ void serve(const rounds::Words& words) {
     const int file = checked(open(words.address.c_str(), O_RDWR | O_CREAT | O_EXCL, 0600), "open");
     std::byte* const base = map(file, words);
     rounds::say("ready " + words.address);
-    auto [read_all, write_all] =
-        moves(base, base + stride * (words.size / chunk + 1), words.wait);
+    auto [read_all, write_all] = moves(base, base + stride * (words.size / chunk + 1), words.wait);
     std::vector<std::byte> message(words.size);
     while (read_all(message)) {
         unlink(words.address.c_str());  // both peers are in
@@ -80,8 +79,7 @@ void serve(const rounds::Words& words) {
 void ping(const rounds::Words& words) {
     const int file = checked(open(words.address.c_str(), O_RDWR), "open");
     std::byte* const base = map(file, words);
-    auto [read_all, write_all] =
-        moves(base + stride * (words.size / chunk + 1), base, words.wait);
+    auto [read_all, write_all] = moves(base + stride * (words.size / chunk + 1), base, words.wait);
     rounds::measure(words, write_all, read_all);
     signal(base, over, words.wait);
 }

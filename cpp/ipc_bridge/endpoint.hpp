@@ -206,12 +206,12 @@ inline std::unique_ptr<Transport> make_pipe(const std::string& url) {
 }
 
 inline std::unique_ptr<Transport> make_sysv_queue(const std::string& url) {
-    auto [path, options] = path_of(url);
+    auto [path, options] = path_of(url, {"wait"});
     return std::make_unique<SysvQueue>(path, wait_of(options, url));
 }
 
 inline std::unique_ptr<Transport> make_sysv_shm(const std::string& url) {
-    auto [path, options] = path_of(url);
+    auto [path, options] = path_of(url, {"wait"});
     return std::make_unique<SysvShm>(path, wait_of(options, url));
 }
 

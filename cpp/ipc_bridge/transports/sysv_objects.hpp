@@ -103,8 +103,7 @@ inline bool is_removed(int number) {
 
 // What a client is told when something cannot be made.
 inline Error refusal(const std::string& call, int number) {
-    const Status status =
-        number == EACCES ? Status::PERMISSION_DENIED : Status::RESOURCE_EXHAUSTED;
+    const Status status = number == EACCES ? Status::PERMISSION_DENIED : Status::RESOURCE_EXHAUSTED;
     return {status, call + ": " + std::strerror(number)};
 }
 
