@@ -127,6 +127,8 @@ def shared(
     with served(url, language) as server, connect(server.url) as control:
         host = Host(scheme, server, control)
         host.check("warm")
+        # pyzmq makes a thread of its own with the first message that it sends without a copy.
+        assert len([*control.stream(3, 100_000)]) == 3
         yield host
 
 
