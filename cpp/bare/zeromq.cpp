@@ -30,6 +30,7 @@ void serve(const rounds::Words& words) {
         router.send(client, zmq::send_flags::sndmore);
         router.send(message, zmq::send_flags::none);
     }
+    unlink(words.address.c_str());  // libzmq leaves the file
 }
 
 void ping(const rounds::Words& words) {

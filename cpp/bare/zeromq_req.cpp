@@ -28,6 +28,7 @@ void serve(const rounds::Words& words) {
     zmq::message_t message;
     while (receive(rep, message, words.wait))
         rep.send(message, zmq::send_flags::none);
+    unlink(words.address.c_str());  // libzmq leaves the file
 }
 
 void ping(const rounds::Words& words) {

@@ -28,7 +28,7 @@ def serve(words: rounds.Words) -> None:
     rounds.say(f"ready {words.address}")
     while message := receive(rep, words.block):
         rep.send(message)
-    rep.close()  # which removes the file
+    os.unlink(words.address)  # libzmq leaves the file
 
 
 def ping(words: rounds.Words) -> None:
