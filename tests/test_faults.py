@@ -660,7 +660,7 @@ def test_stale_things_are_reclaimed(
         for direction in ("c2s", "s2c"):
             os.mkfifo(tmp_path / "p" / f"0123456789abcdef.{direction}", 0o600)
     left = {path.name for path in tmp_path.rglob("*")}
-    name = scheme[0]
+    name = url.rpartition("/")[2]
     assert left >= ({"p", "lock", "listen"} if scheme == "pipe" else {name, f"{name}.lock"})
     with served(url, successor), connect(url, timeout=1.0) as bridge:
         assert bytes(bridge.echo(b"second", timeout=1.0)) == b"second"

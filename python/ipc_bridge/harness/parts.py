@@ -253,7 +253,8 @@ def cut_python(source: str, head: str) -> str:
         if name in kept:
             is_short = isinstance(node, ast.Assign | ast.AnnAssign)
             gap = 1 if is_short and parts[-1].startswith(("import", "from")) else 2
-            parts += [""] * gap + lines[node.lineno - 1 : node.end_lineno]
+            above = [one.lineno for one in getattr(node, "decorator_list", [])]
+            parts += [""] * gap + lines[min([node.lineno, *above]) - 1 : node.end_lineno]
     return "\n".join(parts) + "\n"
 
 
