@@ -1,6 +1,8 @@
 # The front door. `make` lists the targets; each brings what it needs, on a fresh machine too.
 
 TRANSPORT   ?= unix
+DEST        ?=
+EXPORT_ARGS ?=
 SANITIZE    ?=
 PYTEST_ARGS ?=
 
@@ -21,7 +23,7 @@ export TSAN_OPTIONS  ?= halt_on_error=1:second_deadlock_stack=1
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup configure build demo test model lint format clean distclean
+.PHONY: help setup configure build demo test model lint format clean distclean export docs
 
 help:  ## list the targets
 	@echo "usage: make TARGET [NAME=value]"; echo
@@ -47,8 +49,23 @@ test: build  ## run all tests (SANITIZE=..., PYTEST_ARGS='-k echo -x', or -n0: o
 model: setup  ## explore the shm ring's protocol with store buffers, and with each order taken away
 	@$(VENV) tests/model_ring.py
 
+export: setup configure  ## copy a transport out (TRANSPORT=unix DEST=../mine EXPORT_ARGS='--name mine')
+	@$(LOCKED) cmake --build $(BUILD) --target proto-python
+	@$(VENV) -m ipc_bridge.harness.cli export $(TRANSPORT) $(or $(DEST),$(error DEST=DIRECTORY is missing)) $(EXPORT_ARGS)
+
+MODULES = $(filter-out %_pb2 %_pb2_grpc %/load %/peer,$(basename $(wildcard \
+	python/ipc_bridge/[a-z]*.py python/ipc_bridge/transports/[a-z]*.py)))
+
+docs: setup configure  ## render the API reference of both languages into build/docs/
+	@.make/setup docs
+	@$(LOCKED) cmake --build $(BUILD) --target proto-python
+	@rm -rf build/docs && mkdir -p build/docs
+	@$(VENV) -m pdoc -o build/docs/python ipc_bridge $(subst /,.,$(patsubst python/%,%,$(MODULES)))
+	@doxygen docs/Doxyfile
+	@echo "Python: build/docs/python/index.html   C++: build/docs/cpp/index.html"
+
 CPP_FILES = $(shell find cpp tests -name '*.[ch]pp' 2>/dev/null)
-MYPY_DIRS = $(wildcard python/ipc_bridge python/bare tests)
+MYPY_DIRS = $(wildcard python/ipc_bridge python/bare python/thermostat tests)
 
 lint: configure  ## check style and types (ruff, mypy, clang-format)
 	@$(LOCKED) cmake --build $(BUILD) --target proto-python

@@ -10,16 +10,32 @@ from pathlib import Path
 
 import pytest
 
-from support import PAIRINGS, TRANSPORTS, Peers, children, open_fds
+from support import (
+    PAIRINGS,
+    SLOW,
+    TRANSPORTS,
+    Peers,
+    children,
+    enter_private_ipc,
+    open_fds,
+    sysv_objects,
+    wait_until,
+)
+
+
+def pytest_configure() -> None:
+    """Other tests of this project may run on the machine: their System V objects are not ours."""
+    enter_private_ipc()
 
 
 @pytest.fixture
 def nothing_left() -> Iterator[None]:
-    """Fails if the test leaves a descriptor or a child behind."""
-    fds, pids = open_fds(), children()
+    """Fails if the test leaves a descriptor, a child or a System V object behind."""
+    fds, pids, objects = open_fds(), children(), sysv_objects()
     yield
     assert children() == pids
     assert open_fds() == fds
+    wait_until(lambda: sysv_objects() <= objects, 1.0 * SLOW, "no System V object is left")
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PEER = ROOT / os.environ.get("IPC_BRIDGE_BUILD_DIR", "build") / "ipc-bridge-peer"
 SANITIZED = "sanitize" in str(PEER)  # everything takes several times as long
 LANGUAGES = ("py", "cpp")
-TRANSPORTS = ("pipe", "unix", "tcp", "shm")
+TRANSPORTS = ("pipe", "unix", "tcp", "shm", "sysv-queue", "sysv-shm", "zmq+ipc", "zmq+tcp")
 TIMEOUT_S = 20.0  # for a program that should have ended long ago
 NOBODY = 65534
 EXIT_STATUS = 10  # plus the status
@@ -58,9 +58,10 @@ def peer(language: str, nobody: bool = False) -> list[str]:
 
 def address(transport: str, directory: Path) -> str:
     """A URL to serve at."""
-    if transport == "tcp":
-        return "tcp://127.0.0.1:0"
-    return f"{transport}://{directory}/{transport[0]}"
+    if transport.endswith("tcp"):
+        return f"{transport}://127.0.0.1:0"
+    name = {"pipe": "p", "unix": "u"}.get(transport, transport)
+    return f"{transport}://{directory}/{name}"
 
 
 def stdio_url(language: str) -> str:
@@ -68,10 +69,10 @@ def stdio_url(language: str) -> str:
     return f"stdio:{shlex.join([*peer(language), 'serve', 'stdio:'])}"
 
 
-def free_port_url() -> str:
-    """A tcp URL where nobody listens."""
+def free_port_url(scheme: str) -> str:
+    """A URL of tcp, or on top of it, where nobody listens."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
-        return f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+        return f"{scheme}://127.0.0.1:{probe.getsockname()[1]}"
 
 
 class Served(NamedTuple):
@@ -315,14 +316,17 @@ class Raw:
         self.stream.close()
 
     def send(self, data: bytes, seconds: float = 5.0) -> None:
-        """Write it all; a peer that has gone shows at reading."""
+        """Write it all, and read while there is no room; a peer that has gone shows at reading."""
         rest, end_ns = memoryview(data), deadline_after(seconds)
+        buffer = memoryview(bytearray(MIB))
         while rest:
             count = self.stream.try_write([rest])
             if count == END:
                 return
             rest = rest[count:]
-            assert count or self.stream.wait(False, True, end_ns), "the peer does not read"
+            if not count:
+                assert self.stream.wait(True, True, end_ns), "the peer does not read"
+                self._take_in(buffer, self.stream.try_read(buffer))
 
     def frames(self, count: int | None = None, seconds: float = 2.0) -> list[Frame]:
         """So many frames; None: all, until the peer closes. Fewer if it closes, or is silent."""
@@ -336,8 +340,11 @@ class Raw:
             got = self.stream.read(buffer, end_ns)
             if got == 0:
                 return found
-            self.ended = got == END
-            self._bytes += buffer[: max(got, 0)]
+            self._take_in(buffer, got)
+
+    def _take_in(self, buffer: memoryview, got: int) -> None:
+        self.ended = self.ended or got == END
+        self._bytes += buffer[: max(got, 0)]
 
     def _take(self) -> Frame | None:
         if len(self._bytes) < 16:

@@ -1,6 +1,7 @@
 """What tests need around the two languages: start and stop peers, reach them, see what is left."""
 
 import contextlib
+import ctypes
 import json
 import os
 import select
@@ -20,6 +21,7 @@ SANITIZED = "sanitize" in str(BUILD)
 SLOW = 5.0 if SANITIZED else 1.0  # factor for every limit on time
 
 TRANSPORTS = ["pipe", "stdio", "unix", "tcp", "shm"]
+TRANSPORTS += ["sysv-queue", "sysv-shm", "zmq+ipc", "zmq+tcp"]
 LANGUAGES = ["cpp", "py"]
 PAIRINGS = [(client, server) for client in LANGUAGES for server in LANGUAGES]
 
@@ -46,6 +48,10 @@ def listen_url(transport: str, directory: Path) -> str:
         "unix": f"unix://{directory}/sock",
         "tcp": "tcp://127.0.0.1:0",
         "shm": f"shm://{directory}/sock",
+        "zmq+ipc": f"zmq+ipc://{directory}/zmq",
+        "zmq+tcp": "zmq+tcp://127.0.0.1:0",
+        "sysv-queue": f"sysv-queue://{directory}/queue",
+        "sysv-shm": f"sysv-shm://{directory}/shm",
     }[transport]
 
 
@@ -83,6 +89,24 @@ def open_fds() -> dict[int, str]:
     for entry in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):  # that of iterdir itself
             found[int(entry.name)] = os.readlink(entry)
+    return found
+
+
+def enter_private_ipc() -> bool:
+    """Give this process, and all that it starts, a System V IPC namespace of its own, so that what
+    is left in it is ours. Only root may; unshare(2)."""
+    clone_newipc = 0x08000000
+    return bool(ctypes.CDLL(None).unshare(clone_newipc) == 0)
+
+
+def sysv_objects() -> set[str]:
+    """The System V objects that carry our mark: their kind, key and id (proc(5))."""
+    found = set()
+    for kind in ("msg", "sem", "shm"):
+        for line in Path(f"/proc/sysvipc/{kind}").read_text().splitlines()[1:]:
+            key, number = map(int, line.split()[:2])
+            if key & 0xFFF00000 == 0x1BC00000:
+                found.add(f"{kind} {key:#x} {number}")
     return found
 
 

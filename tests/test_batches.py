@@ -65,7 +65,8 @@ def serving_at(transport: str, language: str, runtime: Path) -> Iterator[str]:
         yield "stdio:" + " ".join([*peer(language), "serve", "stdio:"])
         wait_until(lambda: not children(), EXIT_S, "the server ends")
         return
-    url = "tcp://127.0.0.1:0" if transport == "tcp" else f"{transport}://{runtime}/b"
+    where = "127.0.0.1:0" if transport.endswith("tcp") else f"{runtime}/b"
+    url = f"{transport}://{where}"
     with serving(language, url) as server:
         yield server.url
 

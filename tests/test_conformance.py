@@ -12,13 +12,24 @@ import time
 
 import pytest
 
-from support import EXIT_S, SANITIZED, SLOW, Peers, is_gone, memory_peak_bytes, wait_until
+from support import (
+    EXIT_S,
+    SANITIZED,
+    SLOW,
+    TRANSPORTS,
+    Peers,
+    is_gone,
+    memory_peak_bytes,
+    wait_until,
+)
 
 MIB = 1 << 20
 LATE_S = 0.25 * SLOW  # what an answer may come late: 100 ms, and a busy machine with two cores
 ITEM_BYTES = 4096 + 16  # of method 16, with its header
 
-only_shared = pytest.mark.parametrize("transport", ["pipe", "unix", "tcp", "shm"], indirect=True)
+only_shared = pytest.mark.parametrize(
+    "transport", [name for name in TRANSPORTS if name != "stdio"], indirect=True
+)
 only_stdio = pytest.mark.parametrize("transport", ["stdio"], indirect=True)
 
 
@@ -92,8 +103,10 @@ def test_a_window_of_one_byte(peers: Peers) -> None:
 def test_a_reader_that_stops_stops_the_producer(peers: Peers) -> None:
     """Row 10. Credit is counted from the producer to the reader's hands, so that what the kernel's
     buffers hold is part of the window, not on top of it; and as the reader stops at the first
-    item, it gives none back. The window is smaller than those buffers, which would stop it too."""
+    item, it gives none back. The window is smaller than those buffers, which would stop it too; but
+    a System V queue is smaller still."""
     window = 65536
+    least = 16384 if peers.transport == "sysv-queue" else window
     client = peers.start("--window", str(window))
     client.do(op="echo", size=1)
     peers.check_others()
@@ -101,11 +114,11 @@ def test_a_reader_that_stops_stops_the_producer(peers: Peers) -> None:
     assert client.receive() == {"at": 1}
     time.sleep(0.5)  # no readiness: the producer has this time to overrun, if it can
     if peers.shares_server:
-        assert window <= peers.second(client).number(17) * ITEM_BYTES <= window + ITEM_BYTES
+        assert least <= peers.second(client).number(17) * ITEM_BYTES <= window + ITEM_BYTES
         peers.check_others()
     answer = client.receive()
     assert (answer.get("ok"), answer["items"]) == (True, 2)
-    assert window <= client.number(17) * ITEM_BYTES <= window + ITEM_BYTES
+    assert least <= client.number(17) * ITEM_BYTES <= window + ITEM_BYTES
     peers.check_freed(client)
 
 
@@ -178,7 +191,7 @@ def test_a_deadline_midway_in_a_stream(peers: Peers) -> None:
 
 def test_a_deadline_while_sending(peers: Peers) -> None:
     """Row 12: a server that does not read. Half a request is out, so that connection is over; the
-    next one finds nothing of it."""
+    next one finds nothing of it. (ZeroMQ takes a request whole, so there a CANCEL follows it.)"""
     client = peers.start()
     client.do(op="echo", size=10)
     pid = peers.server_pid(client)
@@ -190,7 +203,8 @@ def test_a_deadline_while_sending(peers: Peers) -> None:
             os.kill(pid, signal.SIGCONT)
     assert answer["status"] == "DEADLINE_EXCEEDED"
     assert 0.5 <= answer["elapsed_s"] < 0.5 + LATE_S
-    assert client.ask(op="echo", size=10)["status"] == "UNAVAILABLE"
+    status = client.ask(op="echo", size=10).get("status")
+    assert status == (None if peers.transport.startswith("zmq") else "UNAVAILABLE")
     another = peers.connect()
     another.do(op="echo", size=10, timeout=5.0 * SLOW)
     peers.check_freed(another)

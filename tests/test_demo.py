@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from ipc_bridge.endpoint import SCHEMES
+from ipc_bridge.harness import demo
+from ipc_bridge.harness.programs import SHORT
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / os.environ.get("IPC_BRIDGE_BUILD_DIR", "build")
@@ -67,11 +69,22 @@ def running_with(text: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("transport", list(SCHEMES))
+def test_each_transport_is_shown_once() -> None:
+    schemes, _ = demo.parse(["all"])
+    assert len(schemes) == len({scheme.partition("+")[0] for scheme in schemes})
+    assert {scheme.partition("+")[0] for scheme in SCHEMES} == {
+        scheme.partition("+")[0] for scheme in schemes
+    }
+    for short, scheme in SHORT.items():
+        assert demo.parse([short])[0] == [scheme]
+
+
+@pytest.mark.parametrize("transport", [*SCHEMES, *SHORT])
 def test_four_pairings(transport: str, tmp_path: Path) -> None:
     done = run("demo", transport, "--duration", "0.02", temporary=tmp_path)
 
     assert (done.returncode, done.stderr) == (0, ""), done.stdout
+    assert done.stdout.startswith(f"{SHORT.get(transport, transport)}: client -> server")
     for client, server in PAIRINGS:
         line = rf'{re.escape(client)} -> {re.escape(server)} +echo "hello from {re.escape(client)}"'
         assert re.search(line + r".*verified.*done$", done.stdout, re.M), done.stdout
@@ -92,7 +105,7 @@ def test_a_wrong_name_lists_the_right_ones(words: list[str], tmp_path: Path) -> 
 
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch(r"error: INVALID_ARGUMENT: .*\n", done.stderr)
-    assert all(name in done.stderr for name in [*SCHEMES, "all"])
+    assert all(name in done.stderr for name in [*SCHEMES, *SHORT, "all"])
 
 
 def test_an_unbuilt_peer_says_what_to_do(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import gc
 import os
 import random
 import resource
-import select
 import shutil
 import signal
 import socket
@@ -62,7 +61,6 @@ from faults_support import (
     run_client,
     served,
     sleeps,
-    start_server,
     state,
     stdio_url,
     stopped,
@@ -73,6 +71,7 @@ from faults_support import (
 from ipc_bridge import Bridge, CallError, Error, Status, connect, transport
 from ipc_bridge.service import Pattern
 from ipc_bridge.transports.pipe import PipeStream
+from support import sysv_objects
 
 DATA_LOSS = EXIT_STATUS + Status.DATA_LOSS
 DEADLINE_EXCEEDED = EXIT_STATUS + Status.DEADLINE_EXCEEDED
@@ -128,6 +127,8 @@ def shared(
     with served(url, language) as server, connect(server.url) as control:
         host = Host(scheme, server, control)
         host.check("warm")
+        # pyzmq makes a thread of its own with the first message that it sends without a copy.
+        assert len([*control.stream(1000, 16 << 10)]) == 1000
         yield host
 
 
@@ -146,12 +147,13 @@ def host(shared: Host) -> Iterator[Host]:
 
 @pytest.fixture(autouse=True)
 def _nothing_is_left() -> Iterator[None]:
-    """Neither children nor descriptors of the test itself."""
+    """Neither children nor descriptors of the test itself, nor System V objects."""
     me = os.getpid()
-    before = (children(me), fds(me))
+    before, objects = (children(me), fds(me)), sysv_objects()
     yield
     gc.collect()
     assert (children(me), fds(me)) == before
+    assert until(lambda: sysv_objects() <= objects, SEEN_S), sysv_objects() - objects
 
 
 @pytest.fixture
@@ -382,7 +384,7 @@ COMMANDS = {
 @pytest.mark.parametrize(
     ("scheme", "name"),
     [(scheme, name) for scheme in TRANSPORTS for name in SCRIPTS if scheme == "unix"]
-    + [(scheme, name) for scheme in ("pipe", "tcp", "shm") for name in EVERYWHERE],
+    + [(scheme, name) for scheme in TRANSPORTS if scheme != "unix" for name in EVERYWHERE],
 )
 def test_a_server_that_breaks_the_rules(scheme: str, name: str, caller: str, place: Path) -> None:
     script = SCRIPTS[name]
@@ -513,7 +515,7 @@ sys.stdin.read()
 
 
 def test_the_client_is_killed_in_mid_request(host: Host) -> None:
-    before = threads(host.pid)
+    before = fds(host.pid)
     pipe = subprocess.PIPE
     words = [sys.executable, "-c", HALF_A_CALL, host.url]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
@@ -521,7 +523,7 @@ def test_the_client_is_killed_in_mid_request(host: Host) -> None:
     try:
         assert process.stdout is not None
         assert process.stdout.readline() == "sent\n"
-        assert until(lambda: threads(host.pid) > before)
+        assert until(lambda: fds(host.pid) > before)
         host.check("during")
     finally:
         kill(process)
@@ -529,10 +531,10 @@ def test_the_client_is_killed_in_mid_request(host: Host) -> None:
 
 @of_clients
 def test_the_client_is_killed_in_mid_stream(host: Host, caller: str) -> None:
-    before = threads(host.pid)
+    before = fds(host.pid)
     used = cpu_s(host.pid)
     with client(caller, "stream", host.url, *PACES["in-mid-stream"]) as process:
-        assert until(lambda: threads(host.pid) > before)
+        assert until(lambda: fds(host.pid) > before)
         assert until(lambda: cpu_s(host.pid) > used + 0.05)
         host.check("during")
         assert process.poll() is None
@@ -611,10 +613,10 @@ def test_a_stopped_server_is_not_waited_for(host: Host, caller: str) -> None:
 
 @of_clients
 def test_a_server_that_stops_in_mid_stream(host: Host, caller: str) -> None:
-    before = threads(host.pid)
+    before = fds(host.pid)
     words = ("--count", ENDLESS, "--size", "16", "--rate", "50", "--timeout", "0.5")
     with client(caller, "stream", host.url, *words) as process:
-        assert until(lambda: threads(host.pid) > before)
+        assert until(lambda: fds(host.pid) > before)
         with stopped(host.pid):
             began = time.monotonic()
             assert ended(process) in (DEADLINE_EXCEEDED, UNAVAILABLE)
@@ -658,7 +660,7 @@ def test_stale_things_are_reclaimed(
         for direction in ("c2s", "s2c"):
             os.mkfifo(tmp_path / "p" / f"0123456789abcdef.{direction}", 0o600)
     left = {path.name for path in tmp_path.rglob("*")}
-    name = scheme[0]
+    name = url.rpartition("/")[2]
     assert left >= ({"p", "lock", "listen"} if scheme == "pipe" else {name, f"{name}.lock"})
     with served(url, successor), connect(url, timeout=1.0) as bridge:
         assert bytes(bridge.echo(b"second", timeout=1.0)) == b"second"
@@ -671,7 +673,7 @@ def test_stale_things_are_reclaimed(
 
 @pytest.mark.parametrize("second", LANGUAGES)
 def test_a_second_server_is_told_so(host: Host, second: str) -> None:
-    before = sorted(os.listdir(place_of(host))) if host.scheme != "tcp" else []
+    before = sorted(os.listdir(place_of(host))) if not host.scheme.endswith("tcp") else []
     began = time.monotonic()
     assert run_client(second, "--version") == 0
     starts_s = time.monotonic() - began  # on a busy machine a program takes long to start
@@ -680,7 +682,7 @@ def test_a_second_server_is_told_so(host: Host, second: str) -> None:
     assert time.monotonic() - began < 2 * starts_s + SEEN_S
     with connect(host.url, timeout=1.0) as fresh:
         assert bytes(fresh.echo(b"first", timeout=1.0)) == b"first"
-    assert before == (sorted(os.listdir(place_of(host))) if host.scheme != "tcp" else [])
+    assert before == (sorted(os.listdir(place_of(host))) if not host.scheme.endswith("tcp") else [])
 
 
 def place_of(host: Host) -> Path:
@@ -742,10 +744,10 @@ SQUATS = [
     ("unix", "u.lock", "dangling-link"),
     ("unix", "u.lock", "fifo"),
     ("unix", "u.lock", "foreign-file"),
-    ("shm", "s", "file"),
-    ("shm", "s", "link"),
-    ("shm", "s", "foreign-socket"),
-    ("shm", "s.lock", "link"),
+    ("shm", "shm", "file"),
+    ("shm", "shm", "link"),
+    ("shm", "shm", "foreign-socket"),
+    ("shm", "shm.lock", "link"),
     ("pipe", "p", "file"),
     ("pipe", "p", "link-to-a-directory"),
     ("pipe", "p", "open-directory"),
@@ -827,7 +829,7 @@ def test_a_client_does_not_talk_to_another_users_server(
 @of_clients
 def test_a_client_waits_for_its_server(scheme: str, caller: str, server: str, place: Path) -> None:
     peer(server)
-    url = free_port_url() if scheme == "tcp" else address(scheme, place)
+    url = free_port_url(scheme) if scheme.endswith("tcp") else address(scheme, place)
     with client(caller, "echo", url, "--payload", "early", "--timeout", "5") as process:
         time.sleep(0.3)  # the case itself: nobody is there yet
         assert process.poll() is None
@@ -838,7 +840,7 @@ def test_a_client_waits_for_its_server(scheme: str, caller: str, server: str, pl
 @over_transports
 @of_clients
 def test_without_a_server_a_client_gives_up(scheme: str, caller: str, place: Path) -> None:
-    url = free_port_url() if scheme == "tcp" else address(scheme, place)
+    url = free_port_url(scheme) if scheme.endswith("tcp") else address(scheme, place)
     began = time.monotonic()
     assert run_client(caller, "echo", url, "--payload", "x", "--timeout", "0.3") == UNAVAILABLE
     assert 0.3 <= time.monotonic() - began < 0.3 + 1.0
@@ -863,6 +865,10 @@ def limit_fds(pid: int, spare: int) -> tuple[int, int]:
 @over_transports
 def test_a_server_out_of_descriptors(scheme: str, server: str, spare: int, place: Path) -> None:
     """Whoever comes then waits; the server sleeps, and takes clients again once it can."""
+    if scheme.startswith("zmq"):
+        pytest.skip(
+            "libzmq ends the process (ipc), or spins (tcp), when accept(2) has no descriptor"
+        )
     if scheme != "pipe" and spare != 3:
         pytest.skip("only on pipe does a client cost several descriptors")
     if SANITIZED and server == "cpp":
@@ -1036,8 +1042,7 @@ def test_who_idles_costs_nothing(server: str, wait: str, tmp_path: Path) -> None
     with ExitStack() as running:
         pids = []
         for scheme in TRANSPORTS:
-            up = start_server(f"{address(scheme, tmp_path)}?wait={wait}", server)
-            running.callback(kill, up.process)
+            up = running.enter_context(served(f"{address(scheme, tmp_path)}?wait={wait}", server))
             bridge = running.enter_context(connect(up.url))
             assert bytes(bridge.echo(b"warm")) == b"warm"
             pids.append(up.pid)

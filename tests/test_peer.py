@@ -156,6 +156,11 @@ def failed(outcome: Outcome) -> tuple[int, str]:
             "echo unix:///x?wait=long --payload x",
             "wait is block, spin or adaptive, unix:///x?wait=long",
         ),
+        (
+            "echo zmq+ipc:///x?wait=spin --payload x",
+            "ZeroMQ has no spin: its own threads would starve; wait is block, zmq+ipc:///x",
+        ),
+        ("echo zmq+tcp://h --payload x", "zmq+tcp takes a host and a port, zmq+tcp://h"),
         ("echo tcp://127.0.0.1 --payload x", "tcp takes a host and a port, tcp://127.0.0.1"),
         ("echo tcp://h:65536 --payload x", "tcp takes a host and a port, tcp://h:65536"),
         ("echo tcp://h:-0 --payload x", "tcp takes a host and a port, tcp://h:-0"),
@@ -720,11 +725,12 @@ def test_bench_reports_a_server_that_goes(language: str, url: str) -> None:
 
 @each_language
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("scheme", ["unix", "pipe", "tcp"])
+@pytest.mark.parametrize("scheme", [scheme for scheme in SCHEMES if scheme != "stdio"])
 def test_a_signal_drains_and_leaves_nothing(
     language: str, number: signal.Signals, scheme: str, runtime: Path
 ) -> None:
-    address = "tcp://127.0.0.1:0" if scheme == "tcp" else f"{scheme}://{runtime}/s"
+    where = "127.0.0.1:0" if scheme.endswith("tcp") else f"{runtime}/s"
+    address = f"{scheme}://{where}"
     ready = runtime / "ready"
     with serving(language, address, "--ready-file", str(ready), "--grace", "30") as server:
         assert ready.read_text() == f"{server.url}\n"

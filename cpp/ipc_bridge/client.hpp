@@ -124,6 +124,7 @@ class Client : public Caller {
     // RESOURCE_EXHAUSTED if the server is full; nothing stays open then.
     explicit Client(Transport& transport, const ConnectOptions& options = {})
         : url_(transport.url), session_(options.window_bytes, options.payload_bytes_max) {
+        transport.payload_bytes_max = options.payload_bytes_max;
         const std::int64_t by_ns = deadline_after(options.timeout);
         stream_ = transport.connect(by_ns);
         meet(std::min(by_ns, deadline_after(client_hello_timeout_s)));

@@ -1,10 +1,12 @@
 // The one map from a URL to a transport. Whoever needs only one transport can do without it.
 //
 //     pipe:///dir            stdio:COMMAND WORDS        unix:///path        tcp://127.0.0.1:5000
-//     shm:///path
+//     shm:///path            sysv-queue:///path     sysv-shm:///path
+//     zmq+ipc:///path        zmq+tcp://127.0.0.1:5000
 //
-// Options follow as a query: `?wait=block|spin|adaptive` everywhere, `?allow_remote=1` for tcp;
-// that of stdio stands before the command: `stdio:?wait=spin COMMAND WORDS`.
+// Options follow as a query: `?wait=block|spin|adaptive` everywhere (zmq has no spin),
+// `?allow_remote=1` for what ends in tcp, `?curve=FILE` for zmq; that of stdio stands before the
+// command: `stdio:?wait=spin COMMAND WORDS`.
 #pragma once
 
 #include <algorithm>
@@ -26,6 +28,9 @@
 #include <ipc_bridge/transports/pipe.hpp>
 #include <ipc_bridge/transports/shm_ring.hpp>
 #include <ipc_bridge/transports/stream_socket.hpp>
+#include <ipc_bridge/transports/sysv_queue.hpp>
+#include <ipc_bridge/transports/sysv_shm.hpp>
+#include <ipc_bridge/transports/zeromq.hpp>
 
 namespace ipc_bridge {
 namespace endpoint {
@@ -123,26 +128,34 @@ inline Parts split(const std::string& url) {
     return parts;
 }
 
-inline std::pair<std::string, Options> path_of(const std::string& url) {
+inline std::pair<std::string, Options> path_of(
+    const std::string& url, std::initializer_list<std::string_view> known
+) {
     const Parts parts = split(url);
     if (!parts.authority.empty() || !parts.path.starts_with("/") ||
         parts.path.find('\0') != std::string::npos) {
         refuse(parts.scheme + " takes an absolute path: " + parts.scheme + ":///path", url);
     }
-    return {parts.path, options_of(parts.query, {"wait"}, url)};
+    return {parts.path, options_of(parts.query, known, url)};
 }
 
 inline std::unique_ptr<Transport> make_unix(const std::string& url) {
-    auto [path, options] = path_of(url);
+    auto [path, options] = path_of(url, {"wait"});
     return std::make_unique<Unix>(path, wait_of(options, url));
 }
 
 inline std::unique_ptr<Transport> make_shm(const std::string& url) {
-    auto [path, options] = path_of(url);
+    auto [path, options] = path_of(url, {"wait"});
     return std::make_unique<Shm>(path, wait_of(options, url));
 }
 
-inline std::unique_ptr<Transport> make_tcp(const std::string& url) {
+struct Host {
+    std::string name;
+    int port;
+    Options options;
+};
+
+inline Host host_of(const std::string& url, std::initializer_list<std::string_view> known) {
     const Parts parts = split(url);
     const std::string& authority = parts.authority;
     const auto colon = std::min(authority.rfind(':'), authority.size());
@@ -159,17 +172,47 @@ inline std::unique_ptr<Transport> make_tcp(const std::string& url) {
                          digits.find_first_not_of("0123456789") == std::string::npos;
     if (host.empty() || host.find_first_of(special) != std::string::npos || !is_port ||
         (!parts.path.empty() && parts.path != "/")) {
-        refuse("tcp takes a host and a port", url);
+        refuse(parts.scheme + " takes a host and a port", url);
     }
-    const Options options = options_of(parts.query, {"wait", "allow_remote"}, url);
+    return {host, static_cast<int>(port), options_of(parts.query, known, url)};
+}
+
+inline std::unique_ptr<Transport> make_tcp(const std::string& url) {
+    const Host host = host_of(url, {"wait", "allow_remote"});
     return std::make_unique<Tcp>(
-        host, static_cast<int>(port), wait_of(options, url), flag_of(options, "allow_remote", url)
+        host.name, host.port, wait_of(host.options, url), flag_of(host.options, "allow_remote", url)
+    );
+}
+
+inline std::unique_ptr<Transport> make_zmq_ipc(const std::string& url) {
+    auto [path, options] = path_of(url, {"wait", "curve"});
+    return std::make_unique<ZmqIpc>(path, wait_of(options, url), options["curve"]);
+}
+
+inline std::unique_ptr<Transport> make_zmq_tcp(const std::string& url) {
+    Host host = host_of(url, {"wait", "curve", "allow_remote"});
+    return std::make_unique<ZmqTcp>(
+        host.name,
+        host.port,
+        wait_of(host.options, url),
+        host.options["curve"],
+        flag_of(host.options, "allow_remote", url)
     );
 }
 
 inline std::unique_ptr<Transport> make_pipe(const std::string& url) {
-    auto [path, options] = path_of(url);
+    auto [path, options] = path_of(url, {"wait"});
     return std::make_unique<Pipe>(path, wait_of(options, url));
+}
+
+inline std::unique_ptr<Transport> make_sysv_queue(const std::string& url) {
+    auto [path, options] = path_of(url, {"wait"});
+    return std::make_unique<SysvQueue>(path, wait_of(options, url));
+}
+
+inline std::unique_ptr<Transport> make_sysv_shm(const std::string& url) {
+    auto [path, options] = path_of(url, {"wait"});
+    return std::make_unique<SysvShm>(path, wait_of(options, url));
 }
 
 // A command line's words, quoted as a shell's are (POSIX 2.2: backslash, '...' and "...").
@@ -234,6 +277,10 @@ inline constexpr Scheme schemes[] = {
     {"unix", make_unix},
     {"tcp", make_tcp},
     {"shm", make_shm},
+    {"sysv-queue", make_sysv_queue},
+    {"sysv-shm", make_sysv_shm},
+    {"zmq+ipc", make_zmq_ipc},
+    {"zmq+tcp", make_zmq_tcp},
 };
 
 }  // namespace endpoint
@@ -251,17 +298,29 @@ inline std::unique_ptr<Transport> make_transport(const std::string& url) {
     endpoint::refuse("unknown scheme; known are " + known, url);
 }
 
-// Reach the server at `url`; the options and errors are those of Client.
-inline Bridge connect(const std::string& url, const ConnectOptions& options = {}) {
-    return Bridge(std::make_unique<Client>(*make_transport(url), options));
+// Reach the server at `url`, for a service of one's own; the options and errors are those of
+// Client.
+inline std::unique_ptr<Caller> dial(const std::string& url, const ConnectOptions& options = {}) {
+    return std::make_unique<Client>(*make_transport(url), options);
 }
 
-// Become the server of `url`; `run` what it returns. The options and errors are those of Server;
-// the service is echo and stream unless given.
+// As `dial`, for echo and stream.
+inline Bridge connect(const std::string& url, const ConnectOptions& options = {}) {
+    return Bridge(dial(url, options));
+}
+
+// Become the server of `url`; `run` what it returns. The options and errors are those of Server.
+inline std::unique_ptr<Server> listen(
+    const std::string& url, Service service, const ServeOptions& options = {}
+) {
+    return std::make_unique<Server>(*make_transport(url), std::move(service), options);
+}
+
+// As `listen`; the service is echo and stream unless given.
 inline std::unique_ptr<Server> serve(
     const std::string& url, Service service = make_service(), const ServeOptions& options = {}
 ) {
-    return std::make_unique<Server>(*make_transport(url), std::move(service), options);
+    return listen(url, std::move(service), options);
 }
 
 }  // namespace ipc_bridge

@@ -1,4 +1,5 @@
-// The server: one thread a connection, each the same loop: read, step the session, flush.
+// The server: one thread a connection, each the same loop: read, step the session, flush. (Where
+// one socket brings all clients, and no handler blocks, one thread for all: see `serve_all`.)
 //
 // A handler is called with its Call and the request, a view that lives until the handler is done:
 //
@@ -27,6 +28,7 @@
 #include <string>
 #include <system_error>
 #include <thread>
+#include <unordered_map>
 #include <utility>
 #include <variant>
 #include <vector>
@@ -46,6 +48,8 @@ inline constexpr std::size_t batch_bytes = 64U << 10;
 inline constexpr int stride_items_max = 16;
 // A stride that takes longer is sent at once.
 inline constexpr std::int64_t stride_ns = 20'000;
+// Of clients with input, in a shared loop, before those whose time has come.
+inline constexpr int turns_max = 16;
 // Default; each costs a thread and 256 KiB of buffer.
 inline constexpr std::size_t clients_max_default = 256;
 // Connections that have not said HELLO; beyond, the oldest is dropped.
@@ -91,13 +95,22 @@ using UnaryHandler = std::function<Payload(Call&, Bytes)>;
 using StreamHandler = std::function<Producer(Call&, Bytes)>;
 
 // Methods by number, each with its handler.
+//
+// A handler that neither waits nor computes for long may say that it does not block; if none of a
+// service does, some transports serve all clients in one thread, which is faster.
 class Service {
   public:
+    bool blocks = false;  // does any of the handlers? (Python's is the parameter's name as well)
+
     // Register a method that answers once.
-    void unary(std::uint16_t method, UnaryHandler handler) { unary_[method] = std::move(handler); }
+    void unary(std::uint16_t method, UnaryHandler handler, bool may_block = true) {
+        blocks = blocks || may_block;
+        unary_[method] = std::move(handler);
+    }
 
     // Register a method that answers with a stream of items.
-    void streaming(std::uint16_t method, StreamHandler handler) {
+    void streaming(std::uint16_t method, StreamHandler handler, bool may_block = true) {
+        blocks = blocks || may_block;
         streaming_[method] = std::move(handler);
     }
 
@@ -150,7 +163,8 @@ class Call {
 // One client: its session, its stream, and the call that runs.
 //
 // `run` is the loop of a connection's thread: `step` does all that can be done without input,
-// `exchange` waits for what the session needs next and reads it.
+// `exchange` waits for what the session needs next and reads it. `turn` is for a loop that serves
+// many: it waits for nothing, and `due_ns` says when to come back.
 class Connection {
   public:
     Connection(
@@ -174,23 +188,41 @@ class Connection {
 
     // Serve the client until it goes, breaks the rules, or the server stops.
     void run() {
-        try {
+        guarded_step([this] {
             while (step()) {
                 exchange();
             }
-        } catch (const ProtocolError& error) {
-            session.farewell(error.status, error.message);
-        } catch (const Error& error) {  // a refusal, a system call that failed
-            session.farewell(error.status, error.message);
-        } catch (const std::bad_alloc&) {  // no room for a payload: its client goes, nobody else
-            session.farewell(Status::RESOURCE_EXHAUSTED, "the server is out of memory");
+            return false;
+        });
+    }
+
+    // Take the input that is here, and step; false once the connection is over.
+    bool turn() {
+        return guarded_step([this] {
+            std::ptrdiff_t count = 1;
+            while (count > 0) {
+                if (session.state != State::RUNNING) {
+                    session.decoder.release();
+                }
+                count = stream->try_read(session.decoder.space());
+                take(count);
+                if (!step()) {
+                    return false;
+                }
+            }
+            return true;
+        });
+    }
+
+    // When `turn` has something to do, also without input.
+    std::int64_t due_ns() const {
+        if (session.state != State::RUNNING) {
+            return met_ ? never : hello_deadline_ns_;
         }
-        session.outbox.own();  // what is not sent yet may be the handler's, which goes now
-        close_handler();
-        try {
-            flush();
-        } catch (const Error&) {  // there is nobody to tell
+        if (session.credit > 0 && due_ns_ == 0) {
+            return 0;
         }
+        return std::min(due_ns_ != 0 ? due_ns_ : never, call_ ? call_->deadline_ns : never);
     }
 
     // Do all that can be done without input; false once the connection is over.
@@ -262,6 +294,27 @@ class Connection {
     }
 
   private:
+    // False once the connection is over; then the client has been told why, and all is freed.
+    template <class Body>
+    bool guarded_step(Body body) {
+        try {
+            if (body()) {
+                return true;
+            }
+        } catch (const Error& error) {  // a ProtocolError, a refusal, a system call that failed
+            session.farewell(error.status, error.message);
+        } catch (const std::bad_alloc&) {  // no room for a payload: its client goes, nobody else
+            session.farewell(Status::RESOURCE_EXHAUSTED, "the server is out of memory");
+        }
+        session.outbox.own();  // what is not sent yet may be the handler's, which goes now
+        close_handler();
+        try {
+            flush();
+        } catch (const Error&) {  // there is nobody to tell
+        }
+        return false;
+    }
+
     void exchange() {
         if (session.state == State::RUNNING) {
             if (session.outbox.size() == 0 && session.credit > 0 && due_ns_ == 0) {
@@ -488,7 +541,11 @@ class Server {
     Server(Transport& transport, Service service, const ServeOptions& options = {})
         : shared_(std::make_shared<Shared>(std::move(service), options)) {
         ServerSession(options.window_bytes, options.payload_bytes_max);  // a bad option shows now
+        transport.payload_bytes_max = options.payload_bytes_max;
         listener_ = transport.listen();
+        if (!shared_->service.blocks) {  // else a thread for each client all the same
+            hub_ = dynamic_cast<Hub*>(listener_.get());
+        }
         url = listener_->url;
     }
     ~Server() { close(); }
@@ -508,8 +565,13 @@ class Server {
             running_ = true;
         }
         try {
-            while (auto stream = listener_->accept()) {
-                welcome(std::move(stream));
+            if (hub_) {
+                while (serve_all(never)) {
+                }
+            } else {
+                while (auto stream = listener_->accept()) {
+                    welcome(std::move(stream));
+                }
             }
         } catch (...) {
             drain();
@@ -578,7 +640,7 @@ class Server {
         void each(Body body) {
             for (auto* list : {&strangers, &clients}) {
                 for (const auto& connection : *list) {
-                    body(*connection);
+                    body(connection);
                 }
             }
         }
@@ -586,28 +648,95 @@ class Server {
         bool is_empty() const { return strangers.empty() && clients.empty(); }
     };
 
-    void welcome(std::unique_ptr<Stream> stream) {
-        auto shared = shared_;
+    // A round of the loop in which one thread serves all: give a turn to those with input, and to
+    // those whose time has come. False at the deadline, or once the hub is interrupted.
+    bool serve_all(std::int64_t deadline_ns) {
+        std::int64_t soonest_ns = never;
+        for (const auto& [connection, due_ns] : due_) {
+            soonest_ns = std::min(soonest_ns, due_ns);
+        }
+        Hub::Input input = hub_->next(std::min(soonest_ns, deadline_ns));
+        int served = 0;
+        while (input.stream) {
+            const auto found = by_stream_.find(input.stream);
+            turn(found != by_stream_.end() ? found->second : admit(std::move(input.owned)));
+            ++served;
+            if (soonest_ns != 0 || served == turns_max) {
+                break;
+            }
+            input = hub_->next(0);
+        }
+        if (soonest_ns == never) {
+            return served != 0;
+        }
+        const std::int64_t now = now_ns();
+        std::vector<std::shared_ptr<Connection>> due;
+        for (const auto& [connection, due_ns] : due_) {
+            if (due_ns <= now) {
+                due.push_back(connection);
+            }
+        }
+        for (const auto& connection : due) {
+            turn(connection);
+        }
+        return served != 0 || !due.empty();
+    }
+
+    void turn(std::shared_ptr<Connection> connection) {  // a copy: it may be the map's last
+        const bool lives = connection->turn();
+        const std::int64_t due_ns = lives ? connection->due_ns() : never;
+        if (due_ns != never) {
+            due_[connection] = due_ns;
+        } else if (!due_.empty()) {
+            due_.erase(connection);
+        }
+        if (!lives) {
+            by_stream_.erase(connection->stream.get());
+            shared_->forget(connection);
+        }
+    }
+
+    std::shared_ptr<Connection> admit(std::unique_ptr<Stream> stream) {
         auto connection = std::make_shared<Connection>(
             std::move(stream),
-            shared->service,
-            shared->options.window_bytes,
-            shared->options.payload_bytes_max,
-            [&all = *shared](Connection& one) { all.on_hello(one); }
+            shared_->service,
+            shared_->options.window_bytes,
+            shared_->options.payload_bytes_max,
+            [&all = *shared_](Connection& one) { all.on_hello(one); }
         );
         {
-            std::unique_lock lock(shared->mutex);
-            if (shared->strangers.size() >= strangers_max) {
-                const auto oldest = shared->strangers.front();
-                oldest->cut = true;
-                oldest->stream->interrupt();
-                // They come faster than threads end; without this wait there is no bound.
-                shared->changed.wait_for(lock, std::chrono::duration<double>(cut_s), [&] {
-                    return shared->find_stranger(*oldest) == shared->strangers.end();
-                });
+            std::unique_lock lock(shared_->mutex);
+            if (shared_->strangers.size() >= strangers_max) {
+                const auto oldest = shared_->strangers.front();
+                cut(oldest);
+                // They come faster than threads end; without this wait there is no bound. (In a
+                // shared loop it goes in the next round, and nobody else would end it.)
+                const auto is_gone = [&] {
+                    return shared_->find_stranger(*oldest) == shared_->strangers.end();
+                };
+                if (!hub_) {
+                    shared_->changed.wait_for(lock, std::chrono::duration<double>(cut_s), is_gone);
+                }
             }
-            shared->strangers.push_back(connection);
+            shared_->strangers.push_back(connection);
         }
+        if (hub_) {
+            by_stream_[connection->stream.get()] = connection;
+        }
+        return connection;
+    }
+
+    void cut(const std::shared_ptr<Connection>& connection) {
+        connection->cut = true;
+        connection->stream->interrupt();
+        if (hub_) {
+            due_[connection] = 0;
+        }
+    }
+
+    void welcome(std::unique_ptr<Stream> stream) {
+        auto shared = shared_;
+        auto connection = admit(std::move(stream));
         try {
             std::thread([shared, connection] {
                 try {
@@ -622,31 +751,51 @@ class Server {
     }
 
     void drain() {
-        std::unique_lock lock(shared_->mutex);
-        listener_->close();
-        shared_->each([](Connection& connection) {
-            connection.draining = true;
-            if (connection.is_idle) {
-                connection.stream->interrupt();
-            }
-        });
-        const auto is_empty = [this] { return shared_->is_empty(); };
-        if (shared_->changed.wait_for(
-                lock, std::chrono::duration<double>(shared_->options.grace_s), is_empty
-            )) {
+        {
+            const std::lock_guard lock(shared_->mutex);
+            listener_->close();
+            shared_->each([this](const std::shared_ptr<Connection>& connection) {
+                connection->draining = true;
+                if (connection->is_idle) {
+                    connection->stream->interrupt();
+                }
+                if (hub_) {
+                    due_[connection] = 0;
+                }
+            });
+        }
+        if (wait_until_empty(shared_->options.grace_s)) {
             return;
         }
-        shared_->each([](Connection& connection) {
-            connection.cut = true;
-            connection.stream->interrupt();
-        });
-        shared_->changed.wait_for(lock, std::chrono::duration<double>(cut_s), is_empty);
+        {
+            const std::lock_guard lock(shared_->mutex);
+            shared_->each([this](const auto& connection) { cut(connection); });
+        }
+        wait_until_empty(cut_s);
+    }
+
+    bool wait_until_empty(double timeout_s) {
+        if (!hub_) {
+            std::unique_lock lock(shared_->mutex);
+            const auto is_empty = [this] { return shared_->is_empty(); };
+            return shared_->changed.wait_for(
+                lock, std::chrono::duration<double>(timeout_s), is_empty
+            );
+        }
+        const std::int64_t deadline_ns = deadline_after(timeout_s);
+        while (!shared_->is_empty() && now_ns() < deadline_ns) {
+            serve_all(deadline_ns);
+        }
+        return shared_->is_empty();
     }
 
     std::shared_ptr<Shared> shared_;
     std::unique_ptr<Listener> listener_;
     bool running_ = false;  // then the listener is for `run` to close
     bool closed_ = false;
+    Hub* hub_ = nullptr;  // the listener, where one thread serves all
+    std::unordered_map<Stream*, std::shared_ptr<Connection>> by_stream_;  // there
+    std::unordered_map<std::shared_ptr<Connection>, std::int64_t> due_;   // and who has a time
 };
 
 }  // namespace ipc_bridge

@@ -147,8 +147,8 @@ inline Producer stream(Call& call, Bytes request) {
 // The two methods, for a server.
 inline Service make_service() {
     Service service;
-    service.unary(echo_method, echo);
-    service.streaming(stream_method, stream);
+    service.unary(echo_method, echo, false);
+    service.streaming(stream_method, stream, false);
     return service;
 }
 

@@ -232,12 +232,34 @@ class Listener {
     virtual void close() = 0;
 };
 
+// A listener whose streams all come through one socket, as a ROUTER's of ZeroMQ do.
+//
+// `accept` is for a thread for each stream. A server whose handlers do not block calls `next`
+// instead, and one thread serves all streams. They take whatever is written, at once: bounds are
+// for whoever writes.
+class Hub : public Listener {
+  public:
+    // Python's collector needs no word on who owns a stream.
+    struct Input {
+        Stream* stream = nullptr;
+        std::unique_ptr<Stream> owned;  // a new one is the caller's from now on
+    };
+
+    // Wait for input: the stream, maybe a new one, that has some or has come to its end.
+    //
+    // None at the deadline, or once `interrupt` was called; after `close`, only at the deadline:
+    // nobody new comes, and the streams that are left live on.
+    virtual Input next(std::int64_t deadline_ns) = 0;
+};
+
 // A way to move bytes between two processes, at one address.
 class Transport {
   public:
     virtual ~Transport() = default;
 
     std::string url;
+    // A hint: what the users of its streams take in one piece.
+    std::uint32_t payload_bytes_max = 1U << 31;
 
     // Reach the server, waiting for it to start if need be.
     //
@@ -311,6 +333,12 @@ class Wakeup {
     void set() {
         const std::uint64_t one = 1;
         [[maybe_unused]] const auto written = ::write(fd_.get(), &one, sizeof(one));
+    }
+
+    // Take back what was `set`.
+    void clear() {
+        std::uint64_t count = 0;
+        [[maybe_unused]] const auto taken = ::read(fd_.get(), &count, sizeof(count));
     }
 
     int fileno() const { return fd_.get(); }
@@ -388,12 +416,9 @@ class Lock {
     // The file, for who has something to note in it that must outlive a crash.
     int fileno() const { return fd_.get(); }
 
-    // Give the lock back; with `keep` the file stays, for what is noted in it. Idempotent.
-    void close(bool keep = false) {
+    void close() {
         if (fd_) {
-            if (!keep) {
-                ::unlink(path_.c_str());
-            }
+            ::unlink(path_.c_str());
             fd_.close();
         }
     }

@@ -7,7 +7,7 @@ connections, as in HTTP/1.1.
 import contextlib
 from collections.abc import Generator, Iterator
 from types import TracebackType
-from typing import NoReturn, Self
+from typing import NoReturn, Protocol, Self
 
 from ipc_bridge import frame
 from ipc_bridge.errors import CallError, Error, ProtocolError, Status, UsageError
@@ -43,6 +43,7 @@ def connect(
     RESOURCE_EXHAUSTED if the server is full; nothing stays open then.
     """
     session = ClientSession(window_bytes, payload_bytes_max)
+    transport.payload_bytes_max = payload_bytes_max
     deadline_ns = deadline_after(timeout)
     client = Client(transport.connect(deadline_ns), session, transport.url)
     try:
@@ -51,6 +52,40 @@ def connect(
         client.close()
         raise
     return client
+
+
+class ItemStream(Protocol):
+    """The items of a stream: `Items`, or others with the same face."""
+
+    def __iter__(self) -> Iterator[memoryview]:
+        """One by one."""
+        ...
+
+    def batches(self) -> Iterator[Batch]:
+        """All that are here at once."""
+        ...
+
+    def close(self) -> None:
+        """Cancel, unless it has ended."""
+        ...
+
+
+class Caller(Protocol):
+    """What makes calls: `Client`, or another with the same face."""
+
+    def call(self, method: int, payload: Buffer = ..., timeout: float | None = ...) -> memoryview:
+        """A unary call."""
+        ...
+
+    def call_stream(
+        self, method: int, payload: Buffer = ..., timeout: float | None = ...
+    ) -> ItemStream:
+        """A streaming call."""
+        ...
+
+    def close(self) -> None:
+        """Close the connection."""
+        ...
 
 
 class Client:
@@ -354,4 +389,4 @@ class Items:
             self._open = self._open and session.state == State.OPEN
 
 
-__all__ = ["Client", "Items", "UsageError", "connect"]
+__all__ = ["Caller", "Client", "ItemStream", "Items", "UsageError", "connect"]

@@ -1,4 +1,5 @@
-"""The server: one thread a connection, each the same loop: read, step the session, flush.
+"""The server: one thread a connection, each the same loop: read, step the session, flush. (Where
+one socket brings all clients, and no handler blocks, one thread for all: see `_serve_all`.)
 
 A handler is called with its Call and the request, a view that lives until the handler is done:
 
@@ -22,12 +23,22 @@ from ipc_bridge import frame
 from ipc_bridge.errors import OK, Error, Status
 from ipc_bridge.frame import JOIN_BYTES_MAX, Buffer
 from ipc_bridge.session import IDLE, RUNNING, WINDOW_BYTES, ServerSession, State
-from ipc_bridge.system import END, NEVER, WOULD_BLOCK, Stream, Transport, deadline_after, now_ns
+from ipc_bridge.system import (
+    END,
+    NEVER,
+    WOULD_BLOCK,
+    Hub,
+    Stream,
+    Transport,
+    deadline_after,
+    now_ns,
+)
 
 HELLO_TIMEOUT_S = 5.0  # a client that says nothing for so long is gone
 BATCH_BYTES = 64 << 10  # of small items for one write; more gains nothing
 STRIDE_ITEMS_MAX = 16  # items made between two looks at the clock: at most these wait for a batch
 STRIDE_NS = 20_000  # a stride that takes longer is sent at once
+TURNS_MAX = 16  # of clients with input, in a shared loop, before those whose time has come
 CLIENTS_MAX = 256  # default; each costs a thread and 256 KiB of buffer
 STRANGERS_MAX = 256  # connections that have not said HELLO; beyond, the oldest is dropped
 GRACE_S = 1.0  # default; for running calls when the server is told to stop
@@ -38,6 +49,8 @@ REASONS = {
     Status.DEADLINE_EXCEEDED: "the deadline has passed",
     Status.UNAVAILABLE: "the server is shutting down",
 }
+
+OUT_OF_MEMORY = Error(Status.RESOURCE_EXHAUSTED, "the server is out of memory")
 
 log = logging.getLogger("ipc_bridge")
 
@@ -55,18 +68,25 @@ StreamHandler = Callable[["Call", memoryview], Iterable[Item]]
 
 
 class Service:
-    """Methods by number, each with its handler."""
+    """Methods by number, each with its handler.
+
+    A handler that neither waits nor computes for long may say that it does not block; if none of
+    a service does, some transports serve all clients in one thread, which is faster.
+    """
 
     def __init__(self) -> None:
+        self.blocks = False  # does any of the handlers?
         self._unary: dict[int, UnaryHandler] = {}
         self._streaming: dict[int, StreamHandler] = {}
 
-    def unary(self, method: int, handler: UnaryHandler) -> None:
+    def unary(self, method: int, handler: UnaryHandler, blocks: bool = True) -> None:
         """Register a method that answers once."""
+        self.blocks = self.blocks or blocks
         self._unary[method] = handler
 
-    def streaming(self, method: int, handler: StreamHandler) -> None:
+    def streaming(self, method: int, handler: StreamHandler, blocks: bool = True) -> None:
         """Register a method that answers with a stream of items."""
+        self.blocks = self.blocks or blocks
         self._streaming[method] = handler
 
     def find_unary(self, method: int) -> UnaryHandler:
@@ -111,7 +131,8 @@ class Connection:
 
     `run` is the loop of a connection's thread: `step` does all that can be done without input,
     `_exchange` waits for what the session needs next and reads it; `_serve_small` is both at once
-    for small unary calls.
+    for small unary calls. `turn` is for a loop that serves many: it waits for nothing, and `due_ns`
+    says when to come back.
     """
 
     def __init__(
@@ -145,16 +166,43 @@ class Connection:
                 else:
                     self._exchange()
         except Error as error:  # a ProtocolError, a refusal, a system call that failed
-            log.info("connection ended: %s", error)
-            self.session.farewell(error.status, error.what)
+            self._refuse(error)
         except MemoryError:  # no room for a payload: its client goes, nobody else
-            what = "the server is out of memory"
-            self.session.farewell(Status.RESOURCE_EXHAUSTED, what)
+            self._refuse(OUT_OF_MEMORY)
         finally:
-            self.session.outbox.own()  # what is not sent yet may be the handler's, which goes now
-            self._close_handler()
-            with contextlib.suppress(Error):
-                self._flush()
+            self._leave()
+
+    def turn(self) -> bool:
+        """Take the input that is here, and step; False once the connection is over."""
+        try:
+            if self._turn():
+                return True
+        except Error as error:
+            self._refuse(error)
+        except MemoryError:
+            self._refuse(OUT_OF_MEMORY)
+        self._leave()
+        return False
+
+    def _turn(self) -> bool:
+        session, count = self.session, 1
+        while count > 0:
+            if session.state is not RUNNING:
+                session.decoder.release()
+            count = self.stream.try_read(session.decoder.space())
+            self._take(count)
+            if not self.step():
+                return False
+        return True
+
+    def due_ns(self) -> int:
+        """When `turn` has something to do, also without input."""
+        session = self.session
+        if session.state is not RUNNING:
+            return NEVER if self._met else self._hello_deadline_ns
+        if session.credit > 0 and self._due_ns == 0:
+            return 0
+        return min(self._due_ns or NEVER, self._call.deadline_ns if self._call else NEVER)
 
     def step(self) -> bool:
         """Do all that can be done without input; False once the connection is over."""
@@ -315,6 +363,17 @@ class Connection:
                 session.outbox.put_rest(reply, count)
                 return
 
+    def _refuse(self, error: Error) -> None:
+        """Tell the client why its connection ends."""
+        log.info("connection ended: %s", error)
+        self.session.farewell(error.status, error.what)
+
+    def _leave(self) -> None:
+        self.session.outbox.own()  # what is not sent yet may be the handler's, which goes now
+        self._close_handler()
+        with contextlib.suppress(Error):
+            self._flush()
+
     def _advance(self) -> None:
         """Make the next batch of items and write it, or end the stream."""
         reason = self.reason()
@@ -425,7 +484,13 @@ class Server:
         self._clients: dict[Connection, None] = {}
         self._running = False  # then the listener is `run`'s to close
         self._closed = False
+        self._by_stream: dict[Stream, Connection] = {}  # in a shared loop
+        self._due: dict[Connection, int] = {}  # there, who has a time; see Connection.due_ns
+        transport.payload_bytes_max = payload_bytes_max
         self._listener = transport.listen()
+        self._hub = self._listener if isinstance(self._listener, Hub) else None
+        if service.blocks:
+            self._hub = None  # a thread for each client all the same
         self.url = self._listener.url
 
     def run(self) -> None:
@@ -436,8 +501,12 @@ class Server:
                 return
             self._running = True
         try:
-            while (stream := self._listener.accept()) is not None:
-                self._welcome(stream)
+            if self._hub:
+                while self._serve_all(self._hub, NEVER):
+                    pass
+            else:
+                while (stream := self._listener.accept()) is not None:
+                    self._welcome(stream)
         finally:
             self._drain()
 
@@ -467,19 +536,67 @@ class Server:
     ) -> None:
         self.close()
 
-    def _welcome(self, stream: Stream) -> None:
+    def _serve_all(self, hub: Hub, deadline_ns: int) -> bool:
+        """A round of the loop in which one thread serves all: give a turn to those with input, and
+        to those whose time has come. False at the deadline, or once the hub is interrupted."""
+        soonest_ns = min(self._due.values(), default=NEVER)
+        stream = hub.next(min(soonest_ns, deadline_ns))
+        served = 0
+        while stream is not None:
+            self._turn(self._by_stream.get(stream) or self._admit(stream))
+            served += 1
+            if soonest_ns or served == TURNS_MAX:
+                break
+            stream = hub.next(0)
+        if soonest_ns == NEVER:
+            return bool(served)
+        now = now_ns()
+        due = [connection for connection, due_ns in self._due.items() if due_ns <= now]
+        for connection in due:
+            self._turn(connection)
+        return bool(served or due)
+
+    def _turn(self, connection: Connection) -> None:
+        try:
+            lives = connection.turn()
+        except Exception as error:
+            log.error("a connection failed", exc_info=error)
+            lives = False
+        due_ns = connection.due_ns() if lives else NEVER
+        if due_ns != NEVER:
+            self._due[connection] = due_ns
+        else:
+            self._due.pop(connection, None)
+        if not lives:
+            self._by_stream.pop(connection.stream, None)
+            self._forget(connection)
+
+    def _admit(self, stream: Stream) -> Connection:
         session = ServerSession(*self._options)
         connection = Connection(stream, self._service, session, self._on_hello)
-        thread = threading.Thread(target=self._serve, args=(connection,), daemon=True)
         with self._changed:
             if len(self._strangers) >= STRANGERS_MAX:
                 oldest = next(iter(self._strangers))
-                oldest.cut = True
-                oldest.stream.interrupt()
-                # They come faster than threads end; without this wait there is no bound.
-                self._changed.wait_for(lambda: oldest not in self._strangers, CUT_S)
+                self._cut(oldest)
+                # They come faster than threads end; without this wait there is no bound. (In a
+                # shared loop it goes in the next round, and nobody else would end it.)
+                if not self._hub:
+                    self._changed.wait_for(lambda: oldest not in self._strangers, CUT_S)
             self._strangers[connection] = None
             self._tell_crowd()
+        if self._hub:
+            self._by_stream[stream] = connection
+        return connection
+
+    def _cut(self, connection: Connection) -> None:
+        connection.cut = True
+        connection.stream.interrupt()
+        if self._hub:
+            self._due[connection] = 0
+
+    def _welcome(self, stream: Stream) -> None:
+        connection = self._admit(stream)
+        thread = threading.Thread(target=self._serve, args=(connection,), daemon=True)
         try:
             thread.start()
         except RuntimeError as error:  # no further thread
@@ -524,12 +641,23 @@ class Server:
                 connection.draining = True
                 if connection.is_idle:
                     connection.stream.interrupt()
-            if self._changed.wait_for(self._is_empty, self._grace_s):
-                return
+                if self._hub:
+                    self._due[connection] = 0
+        if self._wait_until_empty(self._grace_s):
+            return
+        with self._changed:
             for connection in [*self._strangers, *self._clients]:
-                connection.cut = True
-                connection.stream.interrupt()
-            self._changed.wait_for(self._is_empty, CUT_S)
+                self._cut(connection)
+        self._wait_until_empty(CUT_S)
+
+    def _wait_until_empty(self, timeout_s: float) -> bool:
+        if self._hub is None:
+            with self._changed:
+                return self._changed.wait_for(self._is_empty, timeout_s)
+        deadline_ns = deadline_after(timeout_s)
+        while not self._is_empty() and now_ns() < deadline_ns:
+            self._serve_all(self._hub, deadline_ns)
+        return self._is_empty()
 
     def _is_empty(self) -> bool:
         return not self._strangers and not self._clients

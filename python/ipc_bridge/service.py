@@ -8,11 +8,12 @@ import math
 import struct
 from collections.abc import Iterator
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Self
 
 from ipc_bridge.bridge_pb2 import StreamRequest
+from ipc_bridge.client import Caller, ItemStream
 from ipc_bridge.errors import Error, Status
-from ipc_bridge.frame import Batch, Buffer
+from ipc_bridge.frame import Buffer
 from ipc_bridge.server import Call, Item, Pause, Service
 from ipc_bridge.system import now_ns
 
@@ -55,8 +56,8 @@ class Pattern:
 def make_service() -> Service:
     """The two methods, for a server."""
     service = Service()
-    service.unary(ECHO, echo)
-    service.streaming(STREAM, stream)
+    service.unary(ECHO, echo, blocks=False)
+    service.streaming(STREAM, stream, blocks=False)
     return service
 
 
@@ -107,38 +108,6 @@ def _parse(request: bytes) -> StreamRequest:
     return asked
 
 
-class Items(Protocol):
-    """The items of a stream: `client.Items`, or others with the same face."""
-
-    def __iter__(self) -> Iterator[memoryview]:
-        """One by one."""
-        ...
-
-    def batches(self) -> Iterator[Batch]:
-        """All that are here at once."""
-        ...
-
-    def close(self) -> None:
-        """Cancel, unless it has ended."""
-        ...
-
-
-class Caller(Protocol):
-    """What makes calls: `client.Client`, or another with the same face."""
-
-    def call(self, method: int, payload: Buffer = ..., timeout: float | None = ...) -> memoryview:
-        """A unary call."""
-        ...
-
-    def call_stream(self, method: int, payload: Buffer = ..., timeout: float | None = ...) -> Items:
-        """A streaming call."""
-        ...
-
-    def close(self) -> None:
-        """Close the connection."""
-        ...
-
-
 class Bridge:
     """The service as its client sees it. Close it, or use it in a `with`."""
 
@@ -161,7 +130,7 @@ class Bridge:
         rate_hz: float = 0.0,
         stamped: bool = False,
         timeout: float | None = None,
-    ) -> Items:
+    ) -> ItemStream:
         """`count` items of `size` bytes, each a view that lives until the next; see bridge.proto.
 
         Leaving the loop early cancels. Raises as Client.call_stream does.

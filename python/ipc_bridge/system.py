@@ -196,10 +196,28 @@ class Listener(ABC):
         """Stop listening and remove what the listener made; idempotent."""
 
 
+class Hub(Listener):
+    """A listener whose streams all come through one socket, as a ROUTER's of ZeroMQ do.
+
+    `accept` is for a thread for each stream. A server whose handlers do not block calls `next`
+    instead, and one thread serves all streams. They take whatever is written, at once: bounds are
+    for whoever writes.
+    """
+
+    @abstractmethod
+    def next(self, deadline_ns: int) -> Stream | None:
+        """Wait for input: the stream, maybe a new one, that has some or has come to its end.
+
+        None at the deadline, or once `interrupt` was called; after `close`, only at the deadline:
+        nobody new comes, and the streams that are left live on.
+        """
+
+
 class Transport(ABC):
     """A way to move bytes between two processes, at one address."""
 
     url: str
+    payload_bytes_max: int = 1 << 31  # a hint: what the users of its streams take in one piece
 
     @abstractmethod
     def connect(self, deadline_ns: int) -> Stream:
@@ -240,6 +258,11 @@ class Wakeup:
         """From any thread or signal handler."""
         if self._fd >= 0:
             os.eventfd_write(self._fd, 1)
+
+    def clear(self) -> None:
+        """Take back what was `set`."""
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._fd)
 
     def fileno(self) -> int:
         return self._fd
@@ -327,13 +350,11 @@ class Lock:
         """The file, for who has something to note in it that must outlive a crash."""
         return self._fd
 
-    def close(self, keep: bool = False) -> None:
-        """Give the lock back; with `keep` the file stays, for what is noted in it. Idempotent."""
+    def close(self) -> None:
         fd, self._fd = self._fd, -1
         if fd >= 0:
-            if not keep:
-                with contextlib.suppress(OSError):
-                    os.unlink(self.path)
+            with contextlib.suppress(OSError):
+                os.unlink(self.path)
             os.close(fd)
 
 

@@ -76,10 +76,8 @@ struct Record {
 
 // Has the peer gone? What it wrote before that, wherever it wrote, is there by now.
 inline bool is_over(int life_line) {
-    char byte = 0;
-    const auto count =
-        retrying([&] { return ::recv(life_line, &byte, 1, MSG_PEEK | MSG_DONTWAIT); });
-    return count == 0 || (count < 0 && errno != EAGAIN);  // ECONNRESET: it left unread what we sent
+    pollfd end{life_line, POLLRDHUP, 0};
+    return retrying([&] { return ::poll(&end, 1, 0); }) > 0;
 }
 
 // Send one, at once: the first packet on a socket always has room. False: the peer has gone.

@@ -49,8 +49,8 @@ class UnixDoor {
     Fd fd;
     Lock lock;
 
-    // Remove the address; with `keep_lock` its lock file stays (Lock::close). Idempotent.
-    void close(bool keep_lock = false) {
+    // Remove the address. Idempotent.
+    void close() {
         if (lock.fileno() < 0) {
             return;
         }
@@ -58,7 +58,7 @@ class UnixDoor {
         if (::stat(path_.c_str(), &there) == 0 && there.st_ino == inode_) {
             ::unlink(path_.c_str());
         }
-        lock.close(keep_lock);
+        lock.close();
     }
 
   private:

@@ -14,7 +14,12 @@ import ipc_bridge
 from ipc_bridge.harness import programs
 from ipc_bridge.peer import CommandLineError
 
-COMMANDS: dict[str, str] = {}  # its name: the module of this package that defines it, by that name
+# Its name: the module of this package that defines it, by that name.
+COMMANDS: dict[str, str] = {
+    "export": "export",
+    "curve-keys": "curve_keys",
+    "doctor": "doctor",
+}
 
 
 class Commands(click.Group):

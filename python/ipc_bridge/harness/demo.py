@@ -22,6 +22,7 @@ from ipc_bridge.endpoint import SCHEMES
 from ipc_bridge.harness.programs import (
     LANGUAGES,
     PAIRINGS,
+    SHORT,
     Parser,
     ProgramError,
     main,
@@ -159,7 +160,8 @@ def shorten(words: Sequence[str]) -> list[str]:
 
 def parse(words: Sequence[str]) -> tuple[list[str], float]:
     """The transports to show, and how long to measure. Raises CommandLineError."""
-    names = ", ".join([*SCHEMES, "all"])
+    known = {scheme: scheme for scheme in SCHEMES} | SHORT
+    names = ", ".join([*known, "all"])
     parser = Parser(
         prog="python -m ipc_bridge.harness.demo",
         description="Show the four pairings of C++ and Python talk over a transport.",
@@ -176,9 +178,12 @@ def parse(words: Sequence[str]) -> tuple[list[str], float]:
     found = parser.parse_args(words)
     if not found.TRANSPORT:
         raise CommandLineError(f"a transport is missing; known are {names}")
-    if found.TRANSPORT != "all" and found.TRANSPORT not in SCHEMES:
+    if found.TRANSPORT == "all":  # each transport once
+        longer = {scheme for scheme in SCHEMES if scheme.partition("+")[0] in SHORT}
+        return [name for name in SCHEMES if name not in longer - {*SHORT.values()}], found.duration
+    if found.TRANSPORT not in known:
         raise CommandLineError(f"unknown transport; known are {names}", found.TRANSPORT)
-    return list(SCHEMES) if found.TRANSPORT == "all" else [found.TRANSPORT], found.duration
+    return [known[found.TRANSPORT]], found.duration
 
 
 def duration(text: str) -> float:

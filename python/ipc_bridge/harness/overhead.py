@@ -36,7 +36,10 @@ from ipc_bridge.harness.programs import (
 )
 from ipc_bridge.peer import SIZE, UNITS
 
-MECHANISMS = ("unix", "tcp", "pipe")
+MECHANISMS = ("unix", "tcp", "pipe", "sysv-queue", "zmq", "zmq-req")
+BARE = {"zmq": "zeromq", "zmq-req": "zeromq_req"}  # where the bare program has another name
+SCHEME = {"zmq": "zmq+ipc", "zmq-req": "zmq+ipc"}  # and the pair: it is compared with two
+NO_SPIN = ("zmq", "zmq-req")  # libzmq's own threads would starve
 SETUPS = (("spin", "cross-core"), ("block", "same-core"), ("block", "cross-core"))
 STREAM_PAIRINGS = (("cpp", "cpp"), ("py", "cpp"))  # client, server
 DURATION_S = 0.4
@@ -91,11 +94,13 @@ def cores(cell: Cell) -> tuple[int, int]:
 def bare_p50_ns(cell: Cell, size_bytes: int) -> float:
     """The bare program. Raises ProgramError."""
     client_core, server_core = cores(cell)
-    program = bare(cell.transport, cell.client)
+    program = bare(BARE.get(cell.transport, cell.transport), cell.client)
     pings = max(PINGS_MIN, min(PINGS[cell.client], PING_BYTES // max(1, size_bytes)))
     message = [str(size_bytes), cell.wait]
     with private_directory() as directory:
-        address = "0" if cell.transport == "tcp" else os.path.join(directory, "bare")
+        address = {"tcp": "0", "sysv-queue": str(os.getpid())}.get(  # a port, a key, or a path
+            cell.transport, os.path.join(directory, "bare")
+        )
         with served([*program, "serve", address, *message], server_core) as address:
             out = run([*program, "ping", address, *message, str(pings)], client_core)
     match = re.search(r"p50_ns=(\d+)", out)
@@ -111,7 +116,8 @@ def bench(cell: Cell, op: str, size_bytes: int) -> dict[str, Any]:
     words += ["--warmup", str(WARMUP_S), "--json"]
     with private_directory() as directory:
         path = os.path.join(directory, "pair")
-        with served_peer(cell.transport, cell.server, path, cell.wait, server_core) as url:
+        scheme = SCHEME.get(cell.transport, cell.transport)
+        with served_peer(scheme, cell.server, path, cell.wait, server_core) as url:
             out = run([*peer(cell.client), "bench", url, *words], client_core)
     figures: dict[str, Any] = json.loads(out)
     if not figures["operations"]:
@@ -298,6 +304,7 @@ def overhead(words: Sequence[str]) -> int:
             for transport, language, (wait, placement) in itertools.product(
                 asked.transport or MECHANISMS, asked.language, SETUPS
             )
+            if wait != "spin" or transport not in NO_SPIN
         ]
     step = stream_round if asked.stream else echo_round
     load = os.getloadavg()[0]

@@ -23,6 +23,7 @@ from ipc_bridge.peer import EXIT_INTERRUPTED, CommandLineError, report_error
 
 ROOT = Path(__file__).resolve().parents[3]
 LANGUAGES = {"cpp": "C++", "py": "Python"}
+SHORT = {"zmq": "zmq+ipc"}  # of a transport with several schemes: the one that stands for it
 PAIRINGS = tuple((client, server) for client in LANGUAGES for server in LANGUAGES)
 READY_S = 10.0  # a Python server needs about 0.2 on an idle machine
 RUN_S = 120.0  # no program here is asked for more than seconds: longer, and it hangs
@@ -58,6 +59,7 @@ def peer(language: str) -> list[str]:
 
 def bare(mechanism: str, language: str) -> list[str]:
     """The first words of a command to a bare program. Raises Error: NOT_FOUND."""
+    mechanism = mechanism.replace("-", "_")  # of a URL's scheme, the stem
     if language == "py":
         return [sys.executable, str(ROOT / "python" / "bare" / f"{mechanism}.py")]
     return [binary(f"bare/{mechanism}")]

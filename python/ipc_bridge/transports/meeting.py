@@ -239,12 +239,9 @@ class MeetingListener(Listener):
 
 def is_over(life_line: socket.socket) -> bool:
     """Has the peer gone? What it wrote before that, wherever it wrote, is there by now."""
-    try:
-        return not life_line.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-    except BlockingIOError:
-        return False
-    except OSError:  # ECONNRESET: it left without reading what we sent
-        return True
+    poll = select.poll()
+    poll.register(life_line, select.POLLRDHUP)
+    return bool(poll.poll(0))
 
 
 def send_record(

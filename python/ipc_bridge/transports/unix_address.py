@@ -29,14 +29,14 @@ class UnixDoor:
         self._path = path
         self._inode = os.stat(path).st_ino
 
-    def close(self, keep_lock: bool = False) -> None:
-        """Remove the address; with `keep_lock` its lock file stays (Lock.close). Idempotent."""
+    def close(self) -> None:
+        """Remove the address. Idempotent."""
         if self.lock.fileno() < 0:
             return
         with contextlib.suppress(OSError):
             if os.stat(self._path).st_ino == self._inode:
                 os.unlink(self._path)
-        self.lock.close(keep_lock)
+        self.lock.close()
 
 
 class UnixAddress:

@@ -1,0 +1,453 @@
+"""System V objects that outlive nobody: keys, the journal of them, and the watch over a life-line.
+
+Queues, semaphores and segments belong to no process: what is not removed stays until the machine
+restarts. So every key carries this project's mark (ipcs shows it, `ipc-bridge doctor` finds it),
+and a server notes each in a journal beside its address *before* it makes the objects. The journal
+is a file with a lock of its own: free, its server is dead, and the next one to start removes what
+it names. Two servers may thus overlap, as one drains.
+
+In life, objects go as soon as nobody can need them. Who closes first removes what it reads from;
+its peer, told by the life-line's end, takes what is left unread and removes everything.
+
+Copy with it: errors, system, meeting, unix_address. (Not ftok(3): its keys collide.)
+"""
+
+import atexit
+import contextlib
+import glob
+import os
+import secrets
+import select
+import socket
+import struct
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+
+import sysv_ipc
+
+from ipc_bridge.errors import Error, Status
+from ipc_bridge.system import END, NEVER, Lock, Spinner, Stream, Wait, Wakeup, now_ns, remaining_ms
+from ipc_bridge.transports.meeting import is_over
+
+KEY_MARK = 0x1BC00000  # the first 12 bits of every key of ours
+KEY_MASK = 0xFFF00000
+KEYS_EACH = 4  # a connection's keys follow each other; a queue, a semaphore and a segment may share
+YIELDS_MAX = 64  # to a peer that is about to read; then there is no room for longer
+PAUSE_NS = (20_000, 1_000_000)  # first and longest pause then
+SLOT = struct.Struct("<I")  # of the journal: a connection's first key; 0 is free
+PARTED_MAX = 256  # clients that have not left a closed connection; beyond, the oldest loses it
+LINGER_NS = 500_000_000  # for clients to take what is unread before this process leaves
+
+
+def is_ours(key: int) -> bool:
+    """Does a key carry this project's mark?"""
+    return key & KEY_MASK == KEY_MARK
+
+
+def remove_objects(key: int) -> None:
+    """Remove whatever has this key, if it is ours by its owner too."""
+    for kind in (sysv_ipc.MessageQueue, sysv_ipc.Semaphore, sysv_ipc.SharedMemory):
+        with contextlib.suppress(sysv_ipc.Error, OSError, ValueError):
+            found = kind(key)
+            if os.geteuid() in (found.uid, found.cuid):
+                found.remove()
+
+
+def refusal(call: str, error: Exception) -> Error:
+    """What a client is told when something cannot be made. (sysv_ipc's errors have no errno.)"""
+    exists = isinstance(error, sysv_ipc.PermissionsError)
+    status = Status.PERMISSION_DENIED if exists else Status.RESOURCE_EXHAUSTED
+    return Error(status, f"{call}: {error}")
+
+
+def limit(name: str) -> int:
+    """A limit of this IPC namespace, proc(5)."""
+    return int(Path(f"/proc/sys/kernel/{name}").read_text())
+
+
+def reclaim(path: str) -> None:
+    """Remove what dead servers of an address left: their journals name it, and nobody holds their
+    locks. (A key noted but not made yet may have come to another server since; one chance in
+    262,144 for each server killed in that instant.)"""
+    for name in glob.glob(f"{glob.escape(path)}.keys-*"):
+        try:
+            lock = Lock(name)
+        except Error:  # alive, or not ours
+            continue
+        keys = os.pread(lock.fileno(), os.fstat(lock.fileno()).st_size, 0)
+        for (key,) in SLOT.iter_unpack(keys[: len(keys) - len(keys) % SLOT.size]):
+            if is_ours(key):
+                for number in range(KEYS_EACH):
+                    remove_objects(key + number)
+        lock.close()
+
+
+class Watched(ABC):
+    """What the watcher looks after: a life-line, and a time to wake somebody."""
+
+    wake_ns = NEVER
+
+    def __init__(self, life_line: socket.socket) -> None:
+        self.life_line = life_line
+        self.fd = life_line.fileno()
+
+    @abstractmethod
+    def on_gone(self) -> bool:
+        """The peer has gone. True: forget this. May neither watch nor unwatch."""
+
+    def on_time(self) -> None:  # noqa: B027  # most set no `wake_ns`
+        """`wake_ns` has come. The same holds."""
+
+
+class Watcher:
+    """One thread a process, while there is something to watch: asleep until a life-line ends or a
+    time comes. msgrcv(2) can do neither: it waits for a message and nothing else.
+
+    A time that is set while an earlier one is planned costs no system call: at that earlier one the
+    thread looks again.
+    """
+
+    def __init__(self) -> None:
+        self.all: dict[Watched, None] = {}
+        self._by_fd: dict[int, Watched] = {}
+        self._epoll = select.epoll()
+        self._poke = Wakeup()
+        self._epoll.register(self._poke, select.EPOLLIN | select.EPOLLET)
+        self._planned_ns = NEVER
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def add(self, one: Watched) -> None:
+        self.all[one] = None
+        self._by_fd[one.fd] = one
+        self._epoll.register(one.fd, select.EPOLLRDHUP | select.EPOLLONESHOT)
+        if not self._thread.is_alive():
+            self._thread.start()
+
+    def remove(self, one: Watched) -> None:
+        self.all.pop(one, None)
+        if self._by_fd.get(one.fd) is one:
+            del self._by_fd[one.fd]
+            self._epoll.unregister(one.fd)
+
+    def plan(self, wake_ns: int) -> None:
+        """Somebody has set its `wake_ns` to this."""
+        if wake_ns < self._planned_ns:
+            self._poke.set()
+
+    def join(self) -> None:
+        """Nothing is left to watch: end the thread."""
+        self._poke.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            # Who sets a time and then sees an old plan is seen by the second look.
+            self._planned_ns = self._first_ns()
+            self._planned_ns = min(self._planned_ns, self._first_ns())
+            timeout_ms = remaining_ms(self._planned_ns)
+            ready = self._epoll.poll(timeout_ms / 1e3 if timeout_ms >= 0 else None)
+            with _changes:
+                for fd, _ in ready:
+                    self._tell_gone(fd)
+                for one in [one for one in self.all if one.wake_ns <= now_ns()]:
+                    one.wake_ns = NEVER
+                    one.on_time()
+                if not self.all:
+                    self._epoll.close()
+                    self._poke.close()
+                    global _watcher
+                    _watcher = None if _watcher is self else _watcher
+                    return
+
+    def _first_ns(self) -> int:
+        return min((one.wake_ns for one in list(self.all)), default=NEVER)
+
+    def _tell_gone(self, fd: int) -> None:
+        one = self._by_fd.pop(fd, None)
+        if one is not None:
+            self._epoll.unregister(fd)
+            if one.on_gone():
+                del self.all[one]
+
+
+_changes = threading.Lock()  # of what is watched; held while somebody is told
+_watcher: Watcher | None = None
+
+
+def watch(one: Watched) -> Watcher:
+    """Look after it, until `unwatch`; the watcher that does."""
+    global _watcher
+    with _changes:
+        _watcher = _watcher or Watcher()
+        _watcher.add(one)
+        return _watcher
+
+
+def unwatch(one: Watched) -> None:
+    """Once this returns, it is told nothing any more. Not for who is just being told."""
+    global _watcher
+    with _changes:
+        watcher = _watcher
+        if watcher is None:
+            return
+        watcher.remove(one)
+        if watcher.all:
+            return
+        _watcher = None
+    watcher.join()
+
+
+class Journal:
+    """The keys in use by one server, in a file that outlives it if need be.
+
+    It ends, and its file with it, once it is closed and the last key is released.
+    """
+
+    def __init__(self, path: str) -> None:
+        """Reclaim what dead servers of the address `path` left, and begin. Raises Error."""
+        reclaim(path)
+        self._lock = Lock(f"{path}.keys-{secrets.token_hex(4)}")
+        self._changes = threading.Lock()
+        self._slots: list[int] = []  # as in the file
+        self._closed = False
+
+    def reserve(self) -> int:
+        """The first of KEYS_EACH keys, noted before anything is made with them."""
+        with self._changes:
+            key = KEY_MARK | secrets.randbits(32) & ~KEY_MASK & -KEYS_EACH
+            self._note(self._slots.index(0) if 0 in self._slots else len(self._slots), key)
+            return key
+
+    def release(self, key: int) -> None:
+        """Nothing has these keys any more."""
+        with self._changes:
+            self._note(self._slots.index(key), 0)
+            self._end_if_over()
+
+    def close(self) -> None:
+        """No key will be reserved any more. Idempotent."""
+        with self._changes:
+            self._closed = True
+            self._end_if_over()
+
+    def _note(self, slot: int, key: int) -> None:
+        self._slots[slot : slot + 1] = [key]
+        os.pwrite(self._lock.fileno(), SLOT.pack(key), slot * SLOT.size)
+
+    def _end_if_over(self) -> None:
+        if self._closed and not any(self._slots):
+            self._lock.close()
+
+
+class Parted(Watched):
+    """A connection that this side has closed, until its peer goes."""
+
+    def __init__(
+        self, life_line: socket.socket, key: int, journal: Journal, finish: Callable[[], None]
+    ) -> None:
+        super().__init__(life_line)
+        self.key = key
+        self._journal = journal
+        self._finish = finish
+        self._ended = False
+
+    def on_gone(self) -> bool:
+        self.end()
+        return True
+
+    def end(self) -> None:
+        """Idempotent."""
+        with _parting:
+            if self._ended:
+                return
+            self._ended = True
+        self.life_line.close()
+        self._finish()
+        self._journal.release(self.key)
+        with _parting:  # not before: this process may leave once none is parted
+            del _parted[self.key]
+
+
+_parting = threading.Lock()
+_parted: dict[int, Parted] = {}  # by key, the oldest first
+
+
+def part(life_line: socket.socket, key: int, journal: Journal, finish: Callable[[], None]) -> None:
+    """This side has closed, and the peer may still read: `finish` once it has gone."""
+    with contextlib.suppress(OSError):
+        life_line.shutdown(socket.SHUT_WR)  # the peer's end-of-file
+    parted, oldest = Parted(life_line, key, journal, finish), None
+    with _parting:
+        if len(_parted) >= PARTED_MAX:
+            oldest = next(iter(_parted.values()))
+        _parted[key] = parted
+    watch(parted)
+    if oldest is not None:
+        unwatch(oldest)
+        oldest.end()
+
+
+@atexit.register
+def _linger() -> None:
+    """The journals of those that do not go in time stay, for the next server."""
+    deadline_ns = now_ns() + LINGER_NS
+    while _parted and now_ns() < deadline_ns:
+        time.sleep(0.001)
+
+
+class SysvStream(Stream, Watched):
+    """What the streams over System V objects share: how they end.
+
+    `_lock` guards what is read, for once the peer has gone the watcher takes in what is unread,
+    unless the reader is asleep, who is woken to do it. So the objects go at once, also when nobody
+    reads for an hour.
+    """
+
+    def __init__(
+        self, life_line: socket.socket, wait: Wait, key: int, journal: Journal | None
+    ) -> None:
+        """`journal` is the server's, which has reserved `key`; a client has none."""
+        Watched.__init__(self, life_line)
+        self.spinner = Spinner(wait)
+        self._key = key
+        self._journal = journal
+        self._lock = threading.Lock()
+        self._over = False  # the peer has gone
+        self._interrupted = False
+        self._sleeping = False  # the reader is, or is about to be
+        self._settled = False  # the objects are gone, and the life-line with them
+        self._closed = False
+        self._fulls = 0  # how often in a row there was no room to write
+
+    def _begin(self) -> None:
+        """Once all is there for the watcher: the last of what a constructor does."""
+        self._watcher = watch(self)
+
+    @abstractmethod
+    def _has_some(self) -> bool:
+        """Is something taken out of the object, and not given yet?"""
+
+    @abstractmethod
+    def _take_one(self) -> None:
+        """Wait in the kernel for the next of what the peer sends, or for `_wake`."""
+
+    @abstractmethod
+    def _wake(self) -> None:
+        """Make the sleeping reader look again. From any thread."""
+
+    @abstractmethod
+    def _take_rest(self) -> None:
+        """Take in what is unread: the objects go now."""
+
+    @abstractmethod
+    def _remove_in(self) -> None:
+        """Remove what this side reads from. Idempotent, whoever was first."""
+
+    @abstractmethod
+    def _remove_out(self) -> None:
+        """Remove what this side writes to. Idempotent, whoever was first."""
+
+    def on_gone(self) -> bool:
+        with self._lock:
+            self._over = True
+            if self._sleeping:
+                self._wake()
+            else:
+                self._settle()
+        return False
+
+    def on_time(self) -> None:
+        if self._sleeping:
+            self._wake()
+
+    def fileno(self) -> int:
+        """Raises Error: UNIMPLEMENTED. The kernel has no descriptor for a System V object, so none
+        can be given to select, epoll or asyncio: wait in a thread, or take another transport."""
+        what = "System V objects have no descriptor to wait on"
+        raise Error(Status.UNIMPLEMENTED, what, f"key {self._key:#x}")
+
+    def wait(self, readable: bool, writable: bool, deadline_ns: int) -> bool:
+        if not writable:
+            return self._sleep(deadline_ns)
+        # Nothing tells that there is room: pause, and let the caller look.
+        if self._fulls <= YIELDS_MAX:
+            os.sched_yield()
+        else:
+            first_ns, longest_ns = PAUSE_NS
+            pause_ns = min(first_ns << min(self._fulls - YIELDS_MAX, 10), longest_ns)
+            time.sleep(max(0, min(pause_ns, deadline_ns - now_ns())) / 1e9)
+        return now_ns() < deadline_ns
+
+    def _sleep(self, deadline_ns: int) -> bool:
+        """Sleep until there is something to read, or nothing more will come: True."""
+        while not self._has_some() and self._may_sleep():
+            try:
+                if deadline_ns != NEVER:
+                    self.wake_ns = deadline_ns
+                    self._watcher.plan(deadline_ns)
+                    if now_ns() >= deadline_ns:
+                        return False
+                self._take_one()
+            except sysv_ipc.ExistentialError:
+                return True  # removed under us
+            except sysv_ipc.Error:  # EINTR, which sysv_ipc does not restart
+                continue
+            finally:
+                self._woken()
+        return True
+
+    def interrupt(self) -> None:
+        self._interrupted = True
+        self._wake()
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        unwatch(self)  # from here on this thread is alone
+        if self._settled:
+            return
+        if self._over or is_over(self.life_line):
+            self._settle()
+        elif (
+            self._journal is None
+        ):  # the server takes what is unread, and removes what it read from
+            self._remove_in()
+            self.life_line.close()
+        else:
+            self._remove_in()
+            part(self.life_line, self._key, self._journal, self._remove_out)
+
+    def _removed(self) -> int:
+        """Somebody else has removed an object of ours, so no more will come: END, also for what is
+        read from now on, once what is there is read."""
+        self._interrupted = True
+        return END
+
+    def _may_sleep(self) -> bool:
+        """Before the reader sleeps: may it? Then `_woken` must follow."""
+        with self._lock:
+            self._sleeping = not (self._over or self._interrupted)
+            return self._sleeping
+
+    def _woken(self) -> None:
+        self.wake_ns = NEVER
+        with self._lock:
+            self._sleeping = False
+            if self._over:
+                self._settle()
+
+    def _settle(self) -> None:
+        """The peer has gone: take what is unread, and remove everything."""
+        if not self._settled:
+            self._settled = True
+            if not self._closed:
+                self._take_rest()
+            self._remove_in()
+            self._remove_out()
+            self.life_line.close()
+            if self._journal is not None:
+                self._journal.release(self._key)

@@ -1,0 +1,230 @@
+"""What only System V transports can suffer: ipcrm, limits of the machine, and objects of the dead.
+
+Rows 16, 19, 25 and 26 of the conformance table. The namespace of this run is private where root is
+at hand (conftest), so that limits can be set; elsewhere those tests are skipped.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from faults_support import LANGUAGES, address, kill, peer, run_client, served, until
+from ipc_bridge import CallError, Error, Status, connect
+from support import enter_private_ipc, sysv_objects
+
+SCHEMES = ("sysv-queue", "sysv-shm")
+SEEN_S = 1.0
+
+over_schemes = pytest.mark.parametrize("scheme", SCHEMES)
+of_servers = pytest.mark.parametrize("server", LANGUAGES)
+
+
+def remove(entry: str) -> None:
+    kind, _, number = entry.split()
+    option = {"msg": "-q", "sem": "-s", "shm": "-m"}[kind]
+    subprocess.run(["ipcrm", option, number], check=False, capture_output=True)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left() -> Iterator[None]:
+    before = sysv_objects()
+    yield
+    assert until(lambda: sysv_objects() <= before, SEEN_S), sysv_objects() - before
+
+
+@over_schemes
+@of_servers
+@pytest.mark.parametrize("caller", LANGUAGES)
+def test_ipcrm_of_live_objects(scheme: str, server: str, caller: str, tmp_path: Path) -> None:
+    """Row 26: whichever is removed under calls, UNAVAILABLE within 1 s; and the next
+    client is served."""
+    before = sysv_objects()
+    with served(address(scheme, tmp_path), server) as up:
+        count = 2 if scheme == "sysv-queue" else 4
+        for index in range(count):
+            words = ("echo", up.url, "--payload", "hello", "--count", "1000000000")
+            process = subprocess.Popen(
+                [*peer(caller), *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+            )
+            assert until(lambda: len(sysv_objects() - before) >= count, 10.0)
+            time.sleep(0.1)  # the case itself: calls are on their way
+            mine = sorted(one for one in sysv_objects() - before if not one.startswith("shm"))
+            began = time.monotonic()
+            remove(mine[index])
+            _, errors = process.communicate(timeout=10)
+            assert time.monotonic() - began < SEEN_S
+            assert process.returncode == 10 + Status.UNAVAILABLE, errors
+        with connect(up.url, timeout=2.0) as bridge:
+            assert bytes(bridge.echo(b"next", timeout=2.0)) == b"next"
+
+
+@over_schemes
+@of_servers
+@pytest.mark.parametrize("successor", LANGUAGES)
+def test_objects_of_the_dead_are_reclaimed(
+    scheme: str, server: str, successor: str, tmp_path: Path
+) -> None:
+    """Row 19: of this address's dead servers; what no journal names is left alone."""
+    before = sysv_objects()
+    foreign = subprocess.run(["ipcmk", "-Q"], check=True, capture_output=True, text=True)
+    with served(address(scheme, tmp_path), server) as first:
+        words = [*peer("cpp"), "stream", first.url, "--count", "1000000000", "--size", "64"]
+        client = subprocess.Popen([*words, "--rate", "100"], stderr=subprocess.DEVNULL)
+        assert until(lambda: len(sysv_objects() - before) >= 2, 10.0)
+        time.sleep(0.1)
+        os.kill(client.pid, signal.SIGSTOP)  # so that it removes nothing
+        kill(first.process)
+        client.kill()
+        client.wait()
+        left = sysv_objects() - before
+        assert left, "nothing was left: the test tests nothing"
+    with served(address(scheme, tmp_path), successor) as second:
+        assert sysv_objects() - before == set()
+        with connect(second.url, timeout=1.0) as bridge:
+            assert bytes(bridge.echo(b"second", timeout=1.0)) == b"second"
+    assert os.listdir(tmp_path) == []
+    number = foreign.stdout.split()[-1]
+    assert subprocess.run(["ipcrm", "-q", number], check=False).returncode == 0
+
+
+CRASHES = [("sysv-queue", "?msgget"), ("sysv-shm", "?semget,?shmget"), ("*", "?pwrite64")]
+
+
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize(("only", "calls"), CRASHES)
+@over_schemes
+@of_servers
+def test_a_server_killed_while_it_makes_them(
+    scheme: str, server: str, only: str, calls: str, number: int, tmp_path: Path
+) -> None:
+    """Row 16: whatever was made until then, the next server removes."""
+    strace = shutil.which("strace")
+    if strace is None or only not in ("*", scheme) or (only == "*" and number > 1):
+        pytest.skip("no strace, or another transport's call (and each thread's calls count apart)")
+    before = sysv_objects()
+    url = address(scheme, tmp_path)
+    inject = f"inject={calls}:signal=KILL:when={number}"
+    tracer = [strace, "-f", "-qq", "-o", "/dev/null", "-e", f"trace={calls}", "-e", inject]
+    first = subprocess.Popen(
+        [*tracer, *peer(server), "serve", url], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert first.stdout is not None
+    assert first.stdout.readline().startswith(b"ready")
+    run_client("py", "echo", url, "--payload", "x", "--timeout", "0.5")
+    first.communicate(timeout=20)
+    with served(url, "cpp" if server == "py" else "py") as up:
+        assert sysv_objects() - before == set()
+        with connect(up.url, timeout=1.0) as bridge:
+            assert bytes(bridge.echo(b"next", timeout=1.0)) == b"next"
+    assert os.listdir(tmp_path) == []
+
+
+@contextmanager
+def limits(**values: str) -> Iterator[None]:
+    """Limits of this run's own namespace, proc(5)."""
+    if not enter_private_ipc():
+        pytest.skip("only root can have a namespace with limits of its own")
+    paths = {Path(f"/proc/sys/kernel/{name}"): value for name, value in values.items()}
+    before = {path: path.read_text() for path in paths}
+    try:
+        for path, value in paths.items():
+            path.write_text(value)
+        yield
+    finally:
+        for path, value in before.items():
+            path.write_text(value)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "limit"),
+    [
+        ("sysv-queue", {"msgmni": "1"}),
+        ("sysv-shm", {"sem": "32000 1024000000 500 3"}),
+        ("sysv-shm", {"shmmni": "0"}),
+        ("sysv-shm", {"shmmax": "4096"}),
+    ],
+    ids=["msgmni", "semmni", "shmmni", "shmmax"],
+)
+@of_servers
+def test_limits_reached_at_set_up(
+    scheme: str, limit: dict[str, str], server: str, tmp_path: Path
+) -> None:
+    """Row 25: RESOURCE_EXHAUSTED; the server goes on, and recovers."""
+    with limits(), served(address(scheme, tmp_path), server) as up:
+        with limits_now(limit), pytest.raises(Error) as caught:
+            connect(up.url, timeout=1.0)
+        assert caught.value.status == Status.RESOURCE_EXHAUSTED
+        assert sysv_objects() == set()
+        with connect(up.url, timeout=1.0) as bridge:
+            assert bytes(bridge.echo(b"again", timeout=1.0)) == b"again"
+
+
+@contextmanager
+def limits_now(values: dict[str, str]) -> Iterator[None]:
+    before = {name: Path(f"/proc/sys/kernel/{name}").read_text() for name in values}
+    try:
+        for name, value in values.items():
+            Path(f"/proc/sys/kernel/{name}").write_text(value)
+        yield
+    finally:
+        for name, value in before.items():
+            Path(f"/proc/sys/kernel/{name}").write_text(value)
+
+
+@of_servers
+@pytest.mark.parametrize("caller", LANGUAGES)
+def test_a_large_payload_through_a_tiny_queue(server: str, caller: str, tmp_path: Path) -> None:
+    with limits(msgmnb="64", msgmax="48"), served(address("sysv-queue", tmp_path), server) as up:
+        big = tmp_path / "big"
+        big.write_text(os.urandom(50_000).hex())
+        assert run_client(caller, "echo", up.url, "--payload", f"@{big}", "--timeout", "60") == 0
+
+
+@over_schemes
+@of_servers
+def test_a_thousand_strangers_make_nothing(scheme: str, server: str, tmp_path: Path) -> None:
+    """Row 30: no object is made for who sends no record."""
+    import socket
+
+    before = sysv_objects()
+    with served(address(scheme, tmp_path), server) as up:
+        silent = []
+        for _ in range(300):
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            sock.connect(up.url.partition("://")[2])
+            silent.append(sock)
+        began = time.monotonic()
+        with connect(up.url, timeout=2.0) as bridge:
+            assert bytes(bridge.echo(b"hello", timeout=2.0)) == b"hello"
+        assert time.monotonic() - began < 2 * SEEN_S
+        assert until(lambda: sysv_objects() <= before, SEEN_S)
+        for sock in silent:
+            sock.close()
+
+
+@over_schemes
+@of_servers
+def test_nothing_unread_is_lost_when_the_server_leaves(
+    scheme: str, server: str, tmp_path: Path
+) -> None:
+    """A reply that is complete when the server goes is read afterwards, and what it lay in is gone
+    though nobody reads."""
+    before = sysv_objects()
+    with served(address(scheme, tmp_path), server) as up:
+        bridge = connect(up.url)
+        items = bridge.stream(5, 100, rate_hz=1000.0)
+        time.sleep(0.2)  # all five, and the end, lie in the client's queue
+        up.process.terminate()
+        up.process.wait(5)
+        assert until(lambda: sysv_objects() <= before, SEEN_S)
+        assert len([bytes(item) for item in items]) == 5
+        with pytest.raises(CallError):
+            bridge.echo(b"late", timeout=1.0)
+        bridge.close()

@@ -1,0 +1,381 @@
+"""What is ZeroMQ's own: a stranger's client, a stalled one, keys, forks, and two hosts.
+
+The stranger is written from FRAME.md alone: this file's upper half imports pyzmq and nothing of
+this project.
+"""
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import stat
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import zmq
+
+# --- a stranger's client: FRAME.md says all that it knows ---
+
+HEADER = struct.Struct("<IBBHII")
+HELLO, CALL, ITEM, END, CREDIT = 1, 2, 3, 4, 5
+
+
+class Stranger:
+    """A DEALER. What it sends is whole frames; what it gets it joins."""
+
+    def __init__(self, endpoint: str, window: int = 1 << 16) -> None:
+        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self.dealer = self.context.socket(zmq.DEALER)
+        self.dealer.linger = 0
+        self.dealer.rcvtimeo = 5000
+        self.dealer.connect(endpoint)
+        self.input = b""
+        self.calls = 0
+        hello = b"IPCB" + struct.pack("<I", 1 << 20)
+        self.dealer.send(HEADER.pack(8, HELLO, 0, 1, 0, window) + hello)
+        kind, code, _, _, payload = self.frame()
+        assert (kind, code, payload[:4]) == (HELLO, 1, b"IPCB")
+
+    def frame(self) -> tuple[int, int, int, int, bytes]:
+        """The next one: kind, code, call_id, value, payload."""
+        while len(self.input) < 16 or len(self.input) < 16 + HEADER.unpack_from(self.input)[0]:
+            message = b"".join(self.dealer.recv_multipart())
+            assert message, "an empty message: the server has ended the session"
+            self.input += message
+        size, kind, _, code, call_id, value = HEADER.unpack_from(self.input)
+        payload, self.input = self.input[16 : 16 + size], self.input[16 + size :]
+        return kind, code, call_id, value, payload
+
+    def call(self, method: int, payload: bytes, flags: int = 0) -> None:
+        self.calls += 1
+        self.dealer.send_multipart(  # a header and its payload may be two parts
+            (HEADER.pack(len(payload), CALL, flags, method, self.calls, 0), payload)
+        )
+
+    def echo(self, payload: bytes) -> bytes:
+        self.call(1, payload)
+        kind, code, call_id, _, reply = self.frame()
+        assert (kind, code, call_id) == (END, 0, self.calls)
+        return reply
+
+    def credit(self, count: int) -> None:
+        self.dealer.send(HEADER.pack(0, CREDIT, 0, 0, self.calls, count))
+
+    def close(self) -> None:
+        self.dealer.close()
+        self.context.term()
+
+
+# --- from here on with the project's own tools ---
+
+from faults_support import (  # noqa: E402
+    LANGUAGES,
+    MIB,
+    client,
+    ended,
+    fds,
+    peer,
+    rss_bytes,
+    run_client,
+    served,
+    sleeps,
+    stopped,
+    until,
+)
+from ipc_bridge import Error, Status, connect  # noqa: E402
+from ipc_bridge.harness.curve_keys import make_keys  # noqa: E402
+
+SCHEMES = ("zmq+ipc", "zmq+tcp")
+of_servers = pytest.mark.parametrize("server", LANGUAGES)
+of_clients = pytest.mark.parametrize("caller", LANGUAGES)
+over_both = pytest.mark.parametrize("scheme", SCHEMES)
+UNAUTHENTICATED = 10 + Status.UNAUTHENTICATED
+# Without keys on one end: who of the two hangs up first decides whether the client hears why.
+NO_HANDSHAKE = (UNAUTHENTICATED, 10 + Status.UNAVAILABLE)
+
+
+def address(scheme: str, directory: Path) -> str:
+    return f"{scheme}://127.0.0.1:0" if scheme.endswith("tcp") else f"{scheme}://{directory}/z"
+
+
+@contextlib.contextmanager
+def stranger(url: str, window: int = 1 << 16) -> Iterator[Stranger]:
+    made = Stranger(url.removeprefix("zmq+"), window)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+@of_servers
+@over_both
+def test_a_strangers_client_works(scheme: str, server: str, tmp_path: Path) -> None:
+    asked = b"\x08\xe8\x07\x10\x40"  # a StreamRequest: count 1000, size 64
+    with served(address(scheme, tmp_path), server) as up, stranger(up.url, 4096) as caller:
+        assert caller.echo(b"hello") == b"hello"
+        assert caller.echo(bytes(100_000)) == bytes(100_000)
+        caller.call(2, asked, flags=1)
+        for index in range(1000):
+            kind, _, call_id, value, payload = caller.frame()
+            assert (kind, call_id, value, len(payload)) == (ITEM, 3, index, 64)
+            caller.credit(80)
+        assert caller.frame()[:3] == (END, 0, 3)
+        assert caller.echo(b"") == b""
+
+
+@of_servers
+@over_both
+def test_a_client_is_told_of_its_end_and_may_not_go_on(
+    scheme: str, server: str, tmp_path: Path
+) -> None:
+    """A ROUTER cannot hang up: what comes after is not taken for a new client's."""
+    with served(address(scheme, tmp_path), server) as up, stranger(up.url) as caller:
+        caller.dealer.send(HEADER.pack(0, 9, 0, 0, 0, 0))
+        kind, code, call_id, _, text = caller.frame()
+        assert (kind, code, call_id) == (END, Status.INTERNAL, 0)
+        assert text
+        assert caller.dealer.recv_multipart() == [b""]
+        caller.dealer.send(HEADER.pack(8, HELLO, 0, 1, 0, 1) + b"IPCB" + bytes(4))
+        caller.dealer.rcvtimeo = 200
+        with pytest.raises(zmq.Again):
+            caller.dealer.recv()
+
+
+@of_servers
+def test_a_client_that_names_itself_is_refused(server: str, tmp_path: Path) -> None:
+    """Such a name may come again on another connection, and be taken for the first."""
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    with served(address("zmq+ipc", tmp_path), server) as up, context.socket(zmq.DEALER) as dealer:
+        dealer.linger, dealer.rcvtimeo, dealer.routing_id = 0, 2000, b"me"
+        dealer.connect(up.url.removeprefix("zmq+"))
+        dealer.send(HEADER.pack(8, HELLO, 0, 1, 0, 1) + b"IPCB" + bytes(4))
+        assert dealer.recv_multipart() == [b""]
+    context.term()
+
+
+@of_servers
+@over_both
+def test_a_stalled_client_costs_its_window_and_nobody_else_an_item(
+    scheme: str, server: str, tmp_path: Path
+) -> None:
+    """A ROUTER drops without a word above its high-water mark; there is none, and credit bounds."""
+    with served(address(scheme, tmp_path), server) as up:
+        with connect(up.url) as bridge:  # so that what is kept for good is there already
+            assert sum(1 for _ in bridge.stream(1000, 64)) == 1000
+        before = rss_bytes(up.pid)
+        words = ("--count", str(10**9), "--size", "65536", "--window", "8MiB")
+        with client("cpp", "stream", up.url, *words) as stalled:
+            assert until(lambda: rss_bytes(up.pid) > before)
+            with stopped(stalled.pid):
+                for caller in LANGUAGES:
+                    items = ("--count", "100000", "--size", "64")
+                    assert run_client(caller, "stream", up.url, *items) == 0
+                assert rss_bytes(up.pid) - before < 8 * MIB + 16 * MIB
+                with connect(up.url) as bridge:
+                    assert bytes(bridge.echo(b"alive", timeout=1.0)) == b"alive"
+
+
+@of_servers
+def test_who_comes_and_goes_leaves_nothing(server: str, tmp_path: Path) -> None:
+    with served(address("zmq+ipc", tmp_path), server) as up:
+        used = fds(up.pid)
+        for _ in range(200):  # so many, for Python's collector to have its say
+            with connect(up.url) as bridge:
+                bridge.echo(b"x")
+        memory = rss_bytes(up.pid)
+        for _ in range(300):
+            with connect(up.url) as bridge:
+                bridge.echo(b"x")
+        assert until(lambda: fds(up.pid) <= used)
+        assert rss_bytes(up.pid) - memory < 16 * MIB
+
+
+@of_clients
+def test_ctrl_c_ends_a_blocked_client(caller: str, tmp_path: Path) -> None:
+    with served(address("zmq+ipc", tmp_path), "cpp") as up:
+        slow = ("--count", "100", "--size", "16", "--rate", "0.1")
+        with client(caller, "stream", up.url, *slow) as process:
+            assert until(lambda: sleeps(process.pid))
+            process.send_signal(signal.SIGINT)
+            assert ended(process, 2.0) == 130
+
+
+def test_a_python_client_is_interrupted(tmp_path: Path) -> None:
+    """KeyboardInterrupt comes out of a blocked call."""
+    code = (
+        "import sys; from ipc_bridge import connect\n"
+        "bridge = connect(sys.argv[1])\n"
+        "print('connected', flush=True)\n"
+        "try:\n    list(bridge.stream(100, 16, 0.1))\n"
+        "except KeyboardInterrupt:\n    sys.exit(7)\n"
+    )
+    with served(address("zmq+ipc", tmp_path), "cpp") as up:
+        words = [sys.executable, "-c", code, up.url]
+        with subprocess.Popen(
+            words,
+            stdout=subprocess.PIPE,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler) and None,
+        ) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"connected\n"
+            assert until(lambda: sleeps(process.pid))
+            process.send_signal(signal.SIGINT)
+            assert process.wait(5) == 7
+
+
+def test_a_fork_of_a_connected_client(tmp_path: Path) -> None:
+    """Row 33: a typed error in the child, and a new connection there; the parent goes on."""
+    with served(address("zmq+ipc", tmp_path), "cpp") as up, connect(up.url) as bridge:
+        assert bytes(bridge.echo(b"before")) == b"before"
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                bridge.echo(b"child", timeout=1.0)
+            except Error as error:
+                with connect(up.url, timeout=2.0) as own:
+                    right = bytes(own.echo(b"own", timeout=1.0)) == b"own"
+                code = 0 if right and error.status == Status.FAILED_PRECONDITION else 2
+            finally:
+                os._exit(code)
+        _, status = os.waitpid(pid, 0)
+        assert os.waitstatus_to_exitcode(status) == 0
+        assert bytes(bridge.echo(b"after", timeout=1.0)) == b"after"
+
+
+# --- keys ---
+
+
+def test_the_command_makes_private_keys_once(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "ipc_bridge.harness.cli", "curve-keys", str(tmp_path / "k")]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    paths = done.stdout.split()
+    assert [Path(path).name for path in paths] == ["server.keys", "client.keys"]
+    assert {stat.S_IMODE(os.stat(path).st_mode) for path in paths} == {0o600}
+    again = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert again.returncode == 10 + Status.ALREADY_EXISTS
+    assert again.stderr.startswith("error: ALREADY_EXISTS: ")
+
+
+@over_both
+@of_servers
+@of_clients
+def test_keys(scheme: str, caller: str, server: str, tmp_path: Path) -> None:
+    make_keys(tmp_path / "a")
+    make_keys(tmp_path / "b")
+    known = (tmp_path / "a" / "client.keys").read_text().splitlines()
+    other = (tmp_path / "b" / "client.keys").read_text().splitlines()
+    mixed = tmp_path / "mixed.keys"  # of the right server, but a client that it does not know
+    mixed.touch(0o600)
+    mixed.write_text("\n".join([*other[:3], known[3]]))
+    open_to_all = tmp_path / "open.keys"
+    open_to_all.write_text("\n".join(known))
+    open_to_all.chmod(0o644)
+    url = f"{address(scheme, tmp_path)}?curve={tmp_path}/a/server.keys"
+
+    def code(where: str, keys: str, timeout: str = "2") -> int:
+        query = f"?curve={keys}" if keys else ""
+        words = ("--payload", "hello", "--timeout", timeout)
+        return run_client(caller, "echo", f"{where}{query}", *words)
+
+    with served(url, server) as up:
+        assert code(up.url, f"{tmp_path}/a/client.keys") == 0
+        assert code(up.url, "", "0.5") in NO_HANDSHAKE
+        assert code(up.url, str(mixed)) == UNAUTHENTICATED
+        assert code(up.url, f"{tmp_path}/b/client.keys", "0.3") == 10 + Status.UNAVAILABLE
+        assert code(up.url, f"{tmp_path}/a/server.keys") == 10 + Status.INVALID_ARGUMENT
+        assert code(up.url, f"{tmp_path}/none.keys") == 10 + Status.NOT_FOUND
+        assert code(up.url, str(open_to_all)) == 10 + Status.PERMISSION_DENIED
+        assert code(up.url, f"{tmp_path}/a/client.keys") == 0
+    with served(address(scheme, tmp_path), server) as up:
+        assert code(up.url, f"{tmp_path}/a/client.keys", "0.5") in NO_HANDSHAKE
+
+
+@of_servers
+def test_beyond_loopback_it_takes_keys(server: str) -> None:
+    refused = 10 + Status.PERMISSION_DENIED
+    assert run_client(server, "serve", "zmq+tcp://0.0.0.0:0") == refused
+
+
+# --- two hosts ---
+
+HOSTS = ("192.0.2.1", "192.0.2.2")  # TEST-NET-1, in namespaces of this test's own
+
+
+@pytest.fixture
+def hosts() -> Iterator[list[list[str]]]:
+    """The words that run a command on one of two hosts; skipped where they cannot be made."""
+    ip = shutil.which("ip")
+    if os.geteuid() != 0 or ip is None:
+        pytest.skip("only root can make network namespaces, with ip(8)")
+    names = [f"ipcb-{os.getpid()}-{end}" for end in "ab"]
+    links = [f"ipcb{end}{os.getpid() % 10**6}" for end in "ab"]
+
+    def run(*words: str) -> int:
+        return subprocess.run([ip, *words], capture_output=True, check=False).returncode
+
+    try:
+        for name in names:
+            if run("netns", "add", name):
+                pytest.skip("network namespaces cannot be made here")
+        if run("link", "add", links[0], "type", "veth", "peer", "name", links[1]):
+            pytest.skip("a veth pair cannot be made here")
+        for name, link, host in zip(names, links, HOSTS, strict=True):
+            assert run("link", "set", link, "netns", name) == 0
+            inside = ("netns", "exec", name, ip)
+            assert run(*inside, "address", "add", f"{host}/24", "dev", link) == 0
+            assert run(*inside, "link", "set", link, "up") == 0
+        yield [[ip, "netns", "exec", name] for name in names]
+    finally:
+        for name in names:
+            run("netns", "delete", name)
+
+
+@of_servers
+@of_clients
+def test_two_hosts(caller: str, server: str, hosts: list[list[str]], tmp_path: Path) -> None:
+    """Row 22 for who has no keys; echo and stream for who has."""
+    make_keys(tmp_path)
+    url = f"zmq+tcp://{HOSTS[0]}:5000"
+    serve = [*hosts[0], *peer(server), "serve", f"{url}?curve={tmp_path}/server.keys"]
+
+    def call(keys: str, *words: str) -> int:
+        done = subprocess.run(
+            [*hosts[1], *peer(caller), words[0], f"{url}{keys}", *words[1:]],
+            capture_output=True,
+            timeout=30,
+            check=False,
+        )
+        return done.returncode
+
+    with subprocess.Popen(serve, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == f"ready {url}\n".encode()
+            keys = f"?curve={tmp_path}/client.keys"
+            assert call(keys, "echo", "--payload", "across") == 0
+            assert call(keys, "stream", "--count", "20000", "--size", "1000") == 0
+            assert call("", "echo", "--payload", "no", "--timeout", "1") in NO_HANDSHAKE
+        finally:
+            process.terminate()
+        assert process.wait(5) == 0
+
+
+def test_time_passes_for_strangers(tmp_path: Path) -> None:
+    """(HANDSHAKE_IVL is 5 s, as is that of HELLO.) A connection that speaks no ZMTP is hung up."""
+    with (
+        served(address("zmq+ipc", tmp_path), "cpp") as up,
+        socket.socket(socket.AF_UNIX) as mute,
+    ):
+        mute.connect(up.url.removeprefix("zmq+ipc://"))
+        mute.settimeout(7)
+        began = time.monotonic()
+        while mute.recv(1024):
+            pass
+        assert time.monotonic() - began > 3
