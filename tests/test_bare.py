@@ -19,13 +19,17 @@ from support import sysv_objects
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / os.environ.get("IPC_BRIDGE_BUILD_DIR", "build") / "bare"
 SOURCES = {"cpp": ROOT / "cpp" / "bare", "py": ROOT / "python" / "bare"}
-MECHANISMS = ("pipe", "stdio_pipe", "tcp", "unix", "sysv_queue", "zeromq", "zeromq_req")
-BY_KEY = ("sysv_queue",)
+MECHANISMS = (
+    *("pipe", "stdio_pipe", "tcp", "unix"),
+    *("sysv_queue", "sysv_shm"),
+    *("zeromq", "zeromq_req"),
+)
+BY_KEY = ("sysv_queue", "sysv_shm")
 KEY = str(0x1BC00000)  # of the project's own, in the namespace of this test run
 STREAMS = MECHANISMS[:4]  # of bytes: the others have no end of file, and no half of a message
 LANGUAGES = ("cpp", "py")
 LINES_MAX = 59
-LINES_MAX_OF = {"sysv_queue": 66}  # sysv_ipc's errors have no errno, and chunks need lines
+LINES_MAX_OF = {"sysv_queue": 66, "sysv_shm": 99, "counter": 66}  # with objects to make and remove
 SHARED = "rounds"  # the one file a language that every mechanism includes
 SHARED_LINES_MAX = 145
 TIMEOUT_S = 60.0
@@ -88,7 +92,7 @@ def _nothing_is_left() -> Iterator[None]:
 
 def shape(mechanism: str) -> tuple[str, str]:
     """What the usage text of a mechanism calls its address, with a blank; and its last words."""
-    names = {"pipe": "PREFIX ", "stdio_pipe": "", "tcp": "PORT ", "sysv_queue": "KEY "}
+    names = {"pipe": "PREFIX ", "stdio_pipe": "", "tcp": "PORT ", **dict.fromkeys(BY_KEY, "KEY ")}
     address = names.get(mechanism, "PATH ")
     return address, "" if address else " -- COMMAND..."
 
@@ -335,6 +339,7 @@ NOBODY = "No such file or directory"
         ("unix", "ping {}/" + "x" * 108 + " 64 block 9", "connect: AF_UNIX path too long"),
         ("tcp", "ping 1 64 block 10", "connect: Connection refused"),
         ("sysv_queue", f"ping {KEY} 64 block 10", f"msgget: {NOBODY}"),
+        ("sysv_shm", f"ping {KEY} 64 block 10", f"shmget: {NOBODY}"),
     ],
 )
 @pytest.mark.parametrize("language", LANGUAGES)
@@ -465,12 +470,13 @@ def test_a_bare_file_is_short(source: Path) -> None:
 
 def names(source: Path) -> list[str]:
     """The functions and types at a file's top level, in order."""
-    pattern = {".py": r"^(?:def|class) (\w+)", ".cpp": r"^[\w:]+ (\w+)\(", ".hpp": HPP_NAME}
+    pattern = {".py": r"^(?:def|class) (\w+)", ".cpp": CPP_NAME, ".hpp": HPP_NAME}
     found = re.findall(pattern[source.suffix], source.read_text(), re.MULTILINE)
     return [name for name in found if name not in CPP_ONLY]
 
 
-CPP_ONLY = {"main", "name_socket"}  # Python has no need of them
+CPP_ONLY = {"main", "name_socket", "Chunk", "Slot"}  # Python has no need of them
+CPP_NAME = r"^(?:struct (?=\w+ {)|[\w:]+ (?=\w+\())(\w+)"
 HPP_NAME = r"^(?:struct (?=\w+ {)|(?:\[\[noreturn\]\] )?(?:inline )?[\w:]+ (?=\w+\())(\w+)"
 
 
@@ -480,3 +486,43 @@ def test_both_languages_have_the_same_names_in_order(stem: str) -> None:
     python = names(SOURCES["py"] / f"{stem}.py")
     assert names(SOURCES["cpp"] / f"{stem}{suffix}") == python
     assert python
+
+
+# --- the lesson ---
+
+
+def counted(first: str, second: str, count: int, how: str) -> int:
+    """What is lost of 2 * count, counted up by two processes."""
+    words = [*program("counter", first), "first", KEY, str(count), how]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+        assert first_line(process) == f"ready {KEY}\n"
+        done = run([*program("counter", second), "second", KEY, str(count), how])
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+        text, _ = process.communicate(timeout=TIMEOUT_S)
+    figures = re.fullmatch(r"counted=(\d+) lost=(\d+)\n", text)
+    assert figures
+    total, lost = map(int, figures.groups())
+    assert total + lost == 2 * count
+    return lost
+
+
+@pytest.mark.parametrize("second", LANGUAGES)
+@pytest.mark.parametrize("first", LANGUAGES)
+def test_a_shared_counter_loses_nothing_under_a_semaphore(first: str, second: str) -> None:
+    assert counted(first, second, 10_000, "locked") == 0
+
+
+@pytest.mark.parametrize(("first", "second"), [("cpp", "cpp"), ("cpp", "py"), ("py", "py")])
+def test_a_shared_counter_alone_loses_updates(first: str, second: str) -> None:
+    """Not each time, but soon, also where both share one core."""
+    count = 20_000_000 if (first, second) == ("cpp", "cpp") else 1_000_000
+    assert any(counted(first, second, count, "bare") for _ in range(20))
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_the_lessons_words_are_judged(language: str) -> None:
+    done = run([*program("counter", language), "third", KEY, "5", "bare"])
+    usage = "usage: counter first|second KEY COUNT bare|locked\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", usage)
+    done = run([*program("counter", language), "second", KEY, "5", "bare"])
+    assert (done.returncode, done.stderr) == (1, f"error: shmget: {NOBODY}\n")
