@@ -26,7 +26,7 @@ SMALL, LARGE = 64, 64 << 10
 class Traits(NamedTuple):
     """What the harness must know of a scheme."""
 
-    bare: str  # the stem of the bare program that shows its mechanism
+    bare: str  # the stem of the bare program that shows its mechanism; "": there is none
     waits: tuple[str, ...] = WAITS
     clients_max: int = CLIENTS_MAX
     across_hosts: bool = False
@@ -36,6 +36,8 @@ class Traits(NamedTuple):
 TRAITS = {
     "stdio": Traits("stdio_pipe", clients_max=1),
     "tcp": Traits("tcp", across_hosts=True),
+    "shm": Traits(""),
+    "sysv-shm": Traits(""),
     "zmq+ipc": Traits("zeromq", waits=("block",), dependency="ZeroMQ"),
     "zmq+tcp": Traits("zeromq", waits=("block",), dependency="ZeroMQ", across_hosts=True),
     "grpc+unix": Traits("grpc_rpc", waits=("block",), dependency="gRPC"),
@@ -119,7 +121,7 @@ def floor_of(cell: Cell) -> Floor | None:
         placement = "cross-core" if cell.placement == "free" else cell.placement
         return Floor("copy", "", cell.size_bytes, "", placement)
     mechanism = traits(cell.transport).bare
-    if not cell.size_bytes or not (build_dir() / "bare" / mechanism).exists():
+    if not mechanism or not cell.size_bytes or not (build_dir() / "bare" / mechanism).exists():
         return None
     wait = cell.wait
     if wait == "adaptive":  # at best it is as quick as the one or the other

@@ -5,15 +5,17 @@ wants, and each cell has a client of its own. What a round measured is kept at o
 interrupt loses the round under way and no more.
 """
 
+import contextlib
 import json
 import os
 import random
 import re
+import secrets
 import shlex
+import subprocess
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -49,6 +51,7 @@ FLOOR_S = 0.05  # of a floor's measurement
 PINGS_FIRST = 1000  # of a bare program in its first round: how long one takes is not known yet
 PINGS_MIN = 100
 PINGS_MAX = 100_000
+KEY_MARK, KEY_RANDOM_BITS = 0x1BC00000, 19  # as in doctor; of a pair of keys
 
 Round = dict[str, Any]  # the figures of one cell or floor in one round
 
@@ -163,9 +166,9 @@ class Runner:
                 failed = left.pop(0) if left else cells[-1]  # after the last: as the server ended
                 self.measured.failures[failed] = str(error)
 
-    def _server(self, launch: Launch, directory: str) -> AbstractContextManager[Served]:
+    def _server(self, launch: Launch, directory: str) -> contextlib.AbstractContextManager[Served]:
         if self._plan.connect:  # it is there already, and not ours to end
-            return nullcontext(Served(self._plan.connect, 0))
+            return contextlib.nullcontext(Served(self._plan.connect, 0))
         if launch.server in LANGUAGES:
             words = [*peer(launch.server), "serve"]
         else:
@@ -228,10 +231,11 @@ class Runner:
                 command = ["--", *on_core(server_core), *program, "serve", *message]
                 out = run([*program, "ping", *message, pings, *command], client_core)
             else:
-                address = "0" if floor.mechanism == "tcp" else os.path.join(directory, "bare")
-                with served([*program, "serve", address, *message], server_core) as server:
-                    words = [*program, "ping", server.address, *message, pings]
-                    out = run(words, client_core)
+                with address_of(floor.mechanism, directory) as address:
+                    serve = [*program, "serve", address, *message]
+                    with served(serve, server_core) as server:
+                        ping = [*program, "ping", server.address, *message, pings]
+                        out = run(ping, client_core)
         return {"p50_ns": printed(out, "p50_ns")}
 
     def _pings(self, floor: Floor) -> int:
@@ -248,6 +252,21 @@ class Runner:
         words += [str(floor.size_bytes)] if floor.kind != "line" else []
         name = "p50_ns" if floor.kind == "line" else "bytes_per_second"
         return {name: printed(run([*words, decimal(FLOOR_S)]), name)}
+
+
+@contextlib.contextmanager
+def address_of(mechanism: str, directory: str) -> Iterator[str]:
+    """For a bare server: a port of its choice, keys of queues, or a path."""
+    if mechanism != "sysv_queue":
+        yield "0" if mechanism == "tcp" else os.path.join(directory, "bare")
+        return
+    # With the mark of this project, so that doctor finds what an end by force leaves; and the next.
+    key = KEY_MARK | secrets.randbits(KEY_RANDOM_BITS) << 1
+    try:
+        yield str(key)
+    finally:  # a bare server that was ended has removed nothing
+        for one in (key, key + 1):
+            subprocess.run(["ipcrm", "-Q", str(one)], capture_output=True, check=False)
 
 
 def decimal(value: float) -> str:
