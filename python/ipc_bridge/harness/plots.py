@@ -10,7 +10,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure as Canvas
-from matplotlib.ticker import LogFormatter
 
 from ipc_bridge.harness.matrix import setting_label, size_text
 from ipc_bridge.harness.results import Document, figure_of
@@ -45,6 +44,7 @@ MARKERS = "osD^vP*X<>h"
 DASHES = ("-", "--", "-.", ":")
 HATCHES = ("", "////")
 PAIRINGS_MAX = 8  # in one plot
+LEGEND_LETTERS = 56  # of a row of a legend
 
 
 class Plot(NamedTuple):
@@ -86,9 +86,17 @@ def make(width: float = WIDTH, height: float = HEIGHT) -> tuple[Canvas, Axes]:
 
 
 def plain(axis: Axis) -> None:
-    """Ticks of a logarithmic axis as numbers: 20, not 2 x 10^1."""
+    """Ticks of a logarithmic axis as numbers: 20, not 2 x 10^1; between powers of ten, as many as
+    there is room for."""
+
+    def between(value: float, _: object) -> str:
+        low, high = sorted(axis.get_view_interval())
+        decades = np.log10(high / low)
+        shown = range(2, 10) if decades < 0.6 else (2, 3, 5) if decades < 2 else (2, 5)
+        return f"{value:,g}" if round(value / 10 ** np.floor(np.log10(value))) in shown else ""
+
     axis.set_major_formatter(lambda value, _: f"{value:,g}")
-    axis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+    axis.set_minor_formatter(between)
 
 
 def file_name(*words: str) -> str:
@@ -99,7 +107,9 @@ def file_name(*words: str) -> str:
 
 def legend(axes: Axes) -> None:
     """Below the plot, where it covers nothing."""
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
+    handles, labels = axes.get_legend_handles_labels()
+    columns = max(1, LEGEND_LETTERS // (max(map(len, labels)) + 7))  # 7: a marker, and a gap
+    axes.figure.legend(handles, labels, loc="outside lower center", ncols=columns)
 
 
 def row_height(rows: int) -> float:
@@ -178,27 +188,27 @@ def intervals(group: Group) -> Plot:
 
 def overheads(group: Group) -> list[Plot]:
     """How many times its floor each takes."""
-    canvas, axes = make(height=row_height(len(group.transports)) + 0.7)
-    drawn = False
+    have = {one["transport"] for one in group.entries if "overhead" in one["figures"]}
+    transports = [one for one in group.transports if one in have]
+    if not transports:
+        return []
+    canvas, axes = make(height=row_height(len(transports)) + 0.7)
     for number, pairing in enumerate(group.pairings[:PAIRINGS_MAX]):
         points = [
             (row, *found)
-            for row, transport in enumerate(group.transports)
+            for row, transport in enumerate(transports)
             if (entry := group.find(transport, pairing)) and (found := figure_of(entry, "overhead"))
         ]
         if points:
-            drawn = True
             y, value, low, high = np.array(points).T
             look = style_of(number) | {"linestyle": "none", "label": pairing_label(pairing)}
             axes.errorbar(
                 value, y + 0.15 * (number - 1.5), xerr=[value - low, high - value], **look
             )
-    if not drawn:
-        return []
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xscale("log")
     plain(axes.xaxis)
-    axes.set_yticks(range(len(group.transports)), group.transports)
+    axes.set_yticks(range(len(transports)), transports)
     axes.invert_yaxis()
     floor = "bare C++ program" if group.cell.op == "echo" else "copy through shared memory"
     axes.set_xlabel(f"times the {floor}, log scale")
@@ -232,11 +242,11 @@ def cpu(group: Group) -> Plot:
     names = [f"{one['transport']} {one['client']}-{one['server']}" for one in entries]
     axes.set_yticks(range(len(entries)), names)
     axes.tick_params(axis="y", labelsize=7)
-    axes.invert_yaxis()
+    axes.set_ylim(len(entries) - 0.4, -0.6)
     axes.grid(visible=False, axis="y")
     axes.set_xlabel(f"CPU time (us) for {'a call' if group.cell.op == 'echo' else 'an item'}")
     axes.set_title(group.title())
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.0), ncols=2).set_in_layout(True)
+    legend(axes)
     text = "CPU time of client and server, user and system; a spinning peer uses its whole core"
     return Plot(file_name("cpu", group.title()), "CPU time", group.title(), text, canvas)
 
@@ -259,7 +269,9 @@ def percentiles(group: Group) -> list[Plot]:
         ticks = {0.5: "50", 0.9: "90", 0.99: "99", 0.999: "99.9", 0.9999: "99.99"}
         axes.set_yscale("log")
         plain(axes.yaxis)
-        axes.set_xticks([nines(share) for share in ticks], [*ticks.values()])
+        last = axes.dataLim.x1 + 0.1
+        shown = {nines(share): text for share, text in ticks.items() if nines(share) < last}
+        axes.set_xticks([*shown], [*shown.values()])
         axes.set_xlabel("percentile (each step a tenth of the rest)")
         axes.set_ylabel("latency (us), log scale")
         title = f"{group.title()}, {pairing_label(pairing)}"
