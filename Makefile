@@ -26,7 +26,7 @@ export TSAN_OPTIONS  ?= halt_on_error=1:second_deadlock_stack=1
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup configure build demo bench report test model lint format clean distclean export docs
+.PHONY: help setup configure build demo bench report test model calibrate lint format clean distclean export docs
 
 help:  ## list the targets
 	@echo "usage: make TARGET [NAME=value]"; echo
@@ -57,6 +57,9 @@ test: build  ## run all tests (SANITIZE=..., PYTEST_ARGS='-k echo -x', or -n0: o
 
 model: setup  ## explore the shm ring's protocol with store buffers, and with each order taken away
 	@$(VENV) tests/model_ring.py
+
+calibrate: build  ## count false alarms and misses of `ipc-bridge compare` over many made runs
+	@$(VENV) -m pytest tests/calibrate_compare.py -n auto $(PYTEST_ARGS)
 
 export: setup configure  ## copy a transport out (TRANSPORT=unix DEST=../mine EXPORT_ARGS='--name mine')
 	@$(LOCKED) cmake --build $(BUILD) --target proto-python

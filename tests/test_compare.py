@@ -1,10 +1,7 @@
-"""`ipc-bridge compare`: few false alarms, few misses, on runs that are made with the noise of real
-ones: drift that hits a cell and its floor, rounds that are off, and a machine of another speed.
-"""
+"""`ipc-bridge compare`: verdicts, exit codes, what it refuses."""
 
 import json
 from pathlib import Path
-from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -12,60 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness_support import MACHINE, echo_round, made, run, stream_round
+from compare_support import QUIET, SLOWED, STEADY, Noise, made_run
+from harness_support import MACHINE, run
 from ipc_bridge.harness import results, statistics
 from ipc_bridge.harness.compare import LIMITS, judge, verdict_of
-from ipc_bridge.harness.matrix import Cell, floor_of
 from ipc_bridge.harness.results import Document
 from ipc_bridge.harness.statistics import Figure
-
-PAIRS = 40
-ROUNDS = 10
-TRANSPORTS = ("pipe", "stdio", "unix", "tcp")
-PAIRINGS = (("py", "py"),)
-SLOWED = "tcp py-py echo 64B block same-core"
-
-
-class Noise:
-    """How rounds differ, as shares of a time."""
-
-    def __init__(self, of_cell: float, off_rounds: float) -> None:
-        self.of_cell = of_cell
-        self.off_rounds = off_rounds  # as a share of all
-
-
-STEADY = Noise(0.01, 0.0)
-QUIET = Noise(0.03, 0.03)
-LOADED = Noise(0.08, 0.25)  # another process on one of the two cores
-
-
-def made_run(random: np.random.Generator, noise: Noise, slowdown: float = 0.0) -> Document:
-    """A run whose machine is up to 20% slower or quicker, and drifts while it is on."""
-    speed = random.uniform(0.8, 1.2)
-    drift = speed * np.exp(random.normal(0, 0.05) * np.linspace(-1, 1, ROUNDS))
-
-    def times(typical: float) -> Any:
-        off = np.where(random.random(ROUNDS) < noise.off_rounds, random.uniform(1, 2, ROUNDS), 1)
-        return typical * drift * off * np.exp(random.normal(0, noise.of_cell, ROUNDS))
-
-    cells, floors = {}, {}
-    for place, transport in enumerate(TRANSPORTS):
-        for client, server in PAIRINGS:
-            cell = Cell(transport, client, server, "echo", 64, "block", "same-core")
-            typical = (8e3 + 3e3 * place) * (3 if client == "py" else 1)
-            typical *= 1 + slowdown if cell.label() == SLOWED else 1
-            cells[cell] = [echo_round(n + 1, one) for n, one in enumerate(times(typical))]
-            stream = Cell(transport, client, server, "stream", 65536, "block", "cross-core")
-            cells[stream] = [stream_round(n + 1, 1e14 / one) for n, one in enumerate(times(5e4))]
-            for one in (cell, stream):
-                floor = floor_of(one)
-                assert floor
-                name = "p50_ns" if floor.kind == "bare" else "bytes_per_second"
-                floors[floor] = [
-                    {"round": n + 1, name: 6e3 * t / 6e3 if name == "p50_ns" else 1e14 / t}
-                    for n, t in enumerate(times(6e3))
-                ]
-    return made(cells, floors, validate=False)  # done once, by the tests of the command
 
 
 @pytest.fixture
@@ -74,40 +23,17 @@ def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(results, "figure", lambda rounds: Figure(0.0, 0.0, 0.0))
 
 
-# --- calibration ---
+# --- judging ---
 
 
 @pytest.mark.usefixtures("no_figures")
-@pytest.mark.parametrize("noise", [QUIET, LOADED], ids=["quiet", "loaded"])
-def test_runs_of_the_same_thing_raise_no_alarm(noise: Noise) -> None:
+def test_a_cell_that_is_a_fifth_slower_is_found_and_no_other() -> None:
+    """One pair of each; `make calibrate` counts alarms and misses over many."""
     random = np.random.default_rng(3)
-    alarms = 0
-    for _ in range(PAIRS):
-        found = judge(made_run(random, noise), made_run(random, noise), LIMITS)
-        alarms += verdict_of(found) in ("regressed", "failed")
-    assert alarms <= 2
-
-
-@pytest.mark.usefixtures("no_figures")
-def test_a_cell_that_is_a_fifth_slower_is_found() -> None:
-    random = np.random.default_rng(4)
-    missed = alarms = 0
-    for _ in range(PAIRS):
-        found = judge(made_run(random, QUIET), made_run(random, QUIET, 0.2), LIMITS)
-        (one,) = (one for one in found if one.cell == SLOWED)
-        missed += one.verdict != "regressed"
-        alarms += any(one.verdict == "regressed" for one in found if one.cell != SLOWED)
-    assert (missed <= 1, alarms <= 2) == (True, True), (missed, alarms)
-
-
-@pytest.mark.usefixtures("no_figures")
-def test_it_is_not_passed_on_a_loaded_machine_either() -> None:
-    random = np.random.default_rng(5)
-    verdicts = []
-    for _ in range(PAIRS):
-        found = judge(made_run(random, LOADED), made_run(random, LOADED, 0.2), LIMITS)
-        verdicts += [one.verdict for one in found if one.cell == SLOWED]
-    assert verdicts.count("passed") + verdicts.count("improved") <= 1
+    old = made_run(random, QUIET)
+    assert verdict_of(judge(old, made_run(random, QUIET), LIMITS)) in ("passed", "inconclusive")
+    found = judge(old, made_run(random, QUIET, 0.2), LIMITS)
+    assert [one.cell for one in found if one.verdict == "regressed"] == [SLOWED]
 
 
 @pytest.mark.usefixtures("no_figures")
