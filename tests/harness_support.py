@@ -1,6 +1,7 @@
 """What the tests of the harness need: its command line run as a program, and results to look at."""
 
 import contextlib
+import io
 import os
 import signal
 import subprocess
@@ -9,11 +10,14 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
-from ipc_bridge.harness import results
+from ipc_bridge.errors import Error
+from ipc_bridge.harness import cli, results
 from ipc_bridge.harness.matrix import Cell, Floor
 from ipc_bridge.harness.results import Document
 from ipc_bridge.harness.runner import Measured, Plan, Round
+from ipc_bridge.peer import report_error
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT_S = 100.0
@@ -50,6 +54,23 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
         finally:
             process.kill()
     return subprocess.CompletedProcess(words, process.returncode, out, errors)
+
+
+def call(*words: str) -> subprocess.CompletedProcess[str]:
+    """The same within this process, which is quicker: for commands that start no program."""
+    out, errors = io.StringIO(), io.StringIO()
+    with (
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(errors),
+        # An error goes to the descriptor, whole, and not by way of sys.stderr.
+        mock.patch("ipc_bridge.peer.write_all", lambda _, data, __: errors.write(data.decode())),
+        mock.patch.dict(os.environ, COLUMNS="120"),
+    ):
+        try:
+            code = cli.run(words)
+        except Error as error:
+            code = report_error(error)
+    return subprocess.CompletedProcess(words, code, out.getvalue(), errors.getvalue())
 
 
 def bench(tmp_path: Path, *words: str, code: int = 0) -> Document:

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness_support import ROOT, TINY, bench, run, start, temporary_directory
+from harness_support import ROOT, TINY, bench, call, run, start, temporary_directory
 from ipc_bridge.endpoint import SCHEMES
 from ipc_bridge.errors import Error
 from ipc_bridge.harness import environment, results, statistics
@@ -26,6 +26,7 @@ from ipc_bridge.harness.matrix import (
     floor_of,
     floors_of,
     reason_to_skip,
+    traits,
 )
 from ipc_bridge.harness.programs import PAIRINGS, Served
 from ipc_bridge.harness.runner import Plan, Runner
@@ -93,6 +94,14 @@ def test_a_floor_has_the_mechanism_wait_and_place_of_its_cell() -> None:
     assert floor_of(UNIX._replace(size_bytes=0)) is None
     kinds = {floor.kind for floor in floors_of([UNIX, stream])}
     assert kinds == {"bare", "copy", "line", "memcpy"}
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_transport_knows_its_bare_program(scheme: str) -> None:
+    stem = traits(scheme).bare
+    expected = stem or scheme.replace("-", "_")  # it may come
+    for source in (f"cpp/bare/{expected}.cpp", f"python/bare/{expected}.py"):
+        assert (ROOT / source).exists() == bool(stem), source
 
 
 def test_each_round_has_its_own_order_and_processes() -> None:
@@ -333,7 +342,7 @@ def test_a_budget_ends_the_run_between_rounds(tmp_path: Path) -> None:
     ],
 )
 def test_a_wrong_word_is_named(words: str, error: str) -> None:
-    done = run("bench", *words.split())
+    done = call("bench", *words.split())
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch(r"error: INVALID_ARGUMENT: [^\n]*\n", done.stderr)
     assert error in done.stderr

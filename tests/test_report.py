@@ -2,12 +2,13 @@
 
 import json
 import re
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
-from harness_support import echo_round, made, run, stream_round
+from harness_support import call, echo_round, made, stream_round
 from ipc_bridge.harness import results
 from ipc_bridge.harness.matrix import Cell, floor_of
 from ipc_bridge.harness.plots import plots
@@ -26,10 +27,13 @@ SECTIONS = (
 )
 
 
-def small_run(sizes: tuple[int, ...] = (64, 4096)) -> Document:
-    """Echoes and streams of four transports, in two pairings."""
+def small_run(
+    sizes: tuple[int, ...] = (64, 4096), transports: Sequence[str] = (*TRANSPORTS,)
+) -> Document:
+    """Echoes and streams of some transports, in two pairings."""
     cells, floors = {}, {}
-    for transport, ns in TRANSPORTS.items():
+    for transport in transports:
+        ns = TRANSPORTS[transport]
         for server, factor in (("cpp", 1), ("py", 3)):
             for size in sizes:
                 rounds = range(1, 6)
@@ -144,18 +148,18 @@ def saved(tmp_path: Path) -> str:
 
 
 def test_report_takes_the_newest_run(tmp_path: Path) -> None:
-    saved(tmp_path)
-    done = run("report", str(tmp_path), "-o", str(tmp_path / "out"))
+    results.save(tmp_path, small_run((64,), ("unix",)))
+    done = call("report", str(tmp_path), "-o", str(tmp_path / "out"))
     assert (done.returncode, done.stderr) == (0, "")
     assert f"page: {tmp_path}/out/report.html" in done.stdout
     (tmp_path / "run").mkdir()
-    done = run("report", str(tmp_path / "run"))
+    done = call("report", str(tmp_path / "run"))
     assert done.returncode == 15
     assert done.stderr.startswith("error: NOT_FOUND: no results; `ipc-bridge bench` makes them, ")
 
 
 def recommended(tmp_path: Path, *words: str) -> list[dict[str, str]]:
-    done = run("recommend", saved(tmp_path), *words, "--json")
+    done = call("recommend", saved(tmp_path), *words, "--json")
     assert (done.returncode, done.stderr) == (0, "")
     found: list[dict[str, str]] = json.loads(done.stdout)["choices"]
     return found
@@ -172,6 +176,6 @@ def test_recommend_ranks_what_fits(tmp_path: Path) -> None:
 
 
 def test_recommend_says_what_the_run_lacks(tmp_path: Path) -> None:
-    done = run("recommend", saved(tmp_path), "--pairing", "py-py")
+    done = call("recommend", saved(tmp_path), "--pairing", "py-py")
     assert (done.returncode, done.stdout) == (15, "")
     assert "the run has no cell like this: echo Python -> Python" in done.stderr
