@@ -3,6 +3,9 @@
 TRANSPORT   ?= unix
 DEST        ?=
 EXPORT_ARGS ?=
+PROFILE     ?= quick
+OUT         ?=
+RESULTS     ?= results
 SANITIZE    ?=
 PYTEST_ARGS ?=
 
@@ -23,7 +26,7 @@ export TSAN_OPTIONS  ?= halt_on_error=1:second_deadlock_stack=1
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup configure build demo test model lint format clean distclean export docs
+.PHONY: help setup configure build demo bench report test model calibrate lint format clean distclean export docs
 
 help:  ## list the targets
 	@echo "usage: make TARGET [NAME=value]"; echo
@@ -41,6 +44,12 @@ build: configure  ## build the C++ programs (SANITIZE=address,undefined or SANIT
 demo: build  ## show the four pairings talk over one transport (TRANSPORT=unix)
 	@$(VENV) -m ipc_bridge.harness.demo $(TRANSPORT)
 
+bench: build  ## measure all transports and pairings (PROFILE=quick|full, OUT=DIR)
+	@$(VENV) -m ipc_bridge.harness.cli bench --profile $(PROFILE) $(if $(OUT),--out $(OUT))
+
+report: setup  ## make pictures and a page of the newest results (RESULTS=DIR, OUT=DIR)
+	@$(VENV) -m ipc_bridge.harness.cli report $(RESULTS) $(if $(OUT),--out $(OUT))
+
 # A worker a core: most tests wait more than they compute, and each has a directory of its own.
 test: build  ## run all tests (SANITIZE=..., PYTEST_ARGS='-k echo -x', or -n0: one at a time)
 	@$(LOCKED) ctest --test-dir $(BUILD) --output-on-failure
@@ -48,6 +57,9 @@ test: build  ## run all tests (SANITIZE=..., PYTEST_ARGS='-k echo -x', or -n0: o
 
 model: setup  ## explore the shm ring's protocol with store buffers, and with each order taken away
 	@$(VENV) tests/model_ring.py
+
+calibrate: build  ## count false alarms and misses of `ipc-bridge compare` over many made runs
+	@$(VENV) -m pytest tests/calibrate_compare.py -n auto $(PYTEST_ARGS)
 
 export: setup configure  ## copy a transport out (TRANSPORT=unix DEST=../mine EXPORT_ARGS='--name mine')
 	@$(LOCKED) cmake --build $(BUILD) --target proto-python

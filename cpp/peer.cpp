@@ -59,7 +59,8 @@ constexpr std::uint64_t bench_clients_max = 1024;  // each costs a thread, and i
 constexpr double duration_s_min = 0.001;
 constexpr double duration_s_max = 3600;  // bounds the samples, in memory until the end
 constexpr std::uint64_t method_max = 0xFFFF;
-constexpr double number_max = 1e9;  // above what the digits of a number can say
+constexpr std::uint64_t pid_max = 1U << 22U;  // of Linux
+constexpr double number_max = 1e9;            // above what the digits of a number can say
 
 // The command line is at fault, and not what it asked for: another exit code.
 class CommandLineError : public Error {
@@ -121,6 +122,8 @@ const std::vector<Option> bench_options = {
     {"--method", "M", "number of a method of your own; its answers are not verified"},
     {"--payload", payload_value, "what to send to that method (default: a payload of --size)"},
     {"--samples", "FILE", "write the latencies into FILE, as u64 little-endian ns"},
+    {"--work", "SECONDS", "sleep so long after each item of a stream (default 0)"},
+    {"--server-pid", "PID|child", "report what that process uses too, or stdio's server"},
 };
 const Option help_option = {"--help", "", "print this help, and leave"};
 const Option version_option = {"--version", "", "print the version, and leave"};
@@ -757,6 +760,14 @@ load::Plan make_plan(const Arguments& arguments) {
         throw CommandLineError("a method's stream has its own pace", "--rate");
     }
     const std::size_t size_min = stamped ? stamp_bytes : 0;
+    plan.work_s = arguments.number("--work", 0, duration_s_max, 0.0);
+    if (plan.op != "stream" && arguments.has("--work")) {
+        throw CommandLineError("this option goes with --op stream", "--work");
+    }
+    plan.server_pid = load::child;
+    if (!arguments.has("--server-pid") || arguments.text("--server-pid") != "child") {
+        plan.server_pid = static_cast<int>(arguments.count("--server-pid", 1, pid_max, 0));
+    }
     // A payload of one's own has its own size; the option may still be there, and is not looked at.
     if (!has_payload) {
         plan.size_bytes = arguments.size("--size", size_min, arguments.payload_bytes_max);

@@ -145,6 +145,14 @@ def failed(outcome: Outcome) -> tuple[int, str]:
             "bench unix:///x --op stream --size 7 --duration 1 --rate 9",
             "'7' is not within 8 to 67108864, --size",
         ),
+        (
+            "bench unix:///x --op echo --size 1 --duration 1 --work 1",
+            "this option goes with --op stream, --work",
+        ),
+        (
+            "bench unix:///x --op echo --size 1 --duration 1 --server-pid mum",
+            "'mum' is not a whole number, --server-pid",
+        ),
         ("echo carrier:pigeon --payload x", "unknown scheme; known are {schemes}, carrier:pigeon"),
         ("echo nowhere --payload x", "unknown scheme; known are {schemes}, nowhere"),
         (
@@ -655,6 +663,75 @@ def test_bench_stream_at_a_rate(language: str, server: str, url: str, tmp_path: 
         result = bench(language, url, tmp_path / "samples", words)
     assert result["samples"] == result["operations"] < 1000  # 100, and what was late at the start
     assert result["latency_ns"]["p50"] < 1e9  # one clock for both
+
+
+@each_language
+@each_server
+def test_bench_shows_a_consumer_that_is_too_slow(
+    language: str, server: str, url: str, tmp_path: Path
+) -> None:
+    """Items come every 5 ms, and each takes 10: the last is late by half the time. The producer
+    runs ahead by the window, so that the latency shows it as well; with a window of one item, the
+    producer waits, and the age alone shows it."""
+    words = "--op stream --size 1KiB --duration 0.6 --rate 200 --work 0.01"
+    with serving(server, url):
+        ahead = bench(language, url, tmp_path / "samples", words)
+        waiting = bench(language, url, tmp_path / "samples", f"{words} --window 1")
+    for result in (ahead, waiting):
+        assert result["operations"] <= 60
+        assert result["age_ns"]["max"] >= 250e6
+    assert ahead["latency_ns"]["max"] >= 240e6
+    assert waiting["latency_ns"]["p50"] < 0.5 * waiting["age_ns"]["p50"]
+
+
+@each_language
+@each_server
+def test_bench_shows_the_work_on_an_item(
+    language: str, server: str, url: str, tmp_path: Path
+) -> None:
+    words = "--op stream --size 8 --duration 0.4 --rate 25 --work 0.01"
+    with serving(server, url):
+        result = bench(language, url, tmp_path / "samples", words)
+    assert result["age_ns"]["p50"] - result["latency_ns"]["p50"] >= 9e6
+    words = words.replace(" --rate 25", "")
+    with serving(server, url):
+        result = bench(language, url, tmp_path / "samples", words)
+    assert 1 <= result["operations"] <= 41
+
+
+@each_language
+@each_server
+def test_bench_reports_what_the_server_uses(
+    language: str, server: str, url: str, tmp_path: Path
+) -> None:
+    words = "--op echo --size 64 --duration 0.2 --warmup 0.1"
+    samples = tmp_path / "samples"
+    with serving(server, f"{url}?wait=block") as running:
+        pid = running.process.pid
+        used = bench(language, f"{url}?wait=block", samples, f"{words} --server-pid {pid}")
+        assert bench(language, url, samples, words)["server"] is None
+    calls = used["operations"] + used["operations_warmup"]
+    assert used["operations_warmup"] > 0
+    assert 0 < used["server"]["cpu_s"] < 1
+    # A call wakes the server once, unless it has not slept since the one before, and on a Unix
+    # socket perhaps once more, when the client has read the answer and there is room again.
+    assert 0 < used["server"]["context_switches"]["voluntary"] < 2.1 * calls + 10
+    assert used["server"]["memory_peak_bytes"] > 1 << 20
+    command = " ".join([*map(str, peer(server)), "serve", "stdio:"])
+    used = bench(language, f"stdio:{command}", samples, f"{words} --server-pid child")
+    assert used["server"]["cpu_s"] > 0
+
+
+@each_language
+def test_bench_needs_the_server_that_it_shall_watch(language: str, served: str) -> None:
+    with started("py", "--version") as process:
+        pid = process.pid
+    words = ["bench", served, *REQUIRED["bench"], "--server-pid"]
+    line = f"error: NOT_FOUND: open: No such file or directory, /proc/{pid}\n"
+    assert failed(run(language, *words, str(pid))) == (15, line)
+    code, line = failed(run(language, *words, "child"))
+    assert code == 15
+    assert line.startswith("error: NOT_FOUND: no server was started by this client, /proc/self/")
 
 
 @each_language

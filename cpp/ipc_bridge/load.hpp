@@ -10,7 +10,9 @@
 // sleeper wakes up late by about what a call takes, and that would be charged as well.
 #pragma once
 
+#include <dirent.h>
 #include <sys/resource.h>
+#include <time.h>
 
 #include <algorithm>
 #include <cstddef>
@@ -50,6 +52,8 @@ inline constexpr std::int64_t look_ns = 1'000'000;
 inline constexpr int look_items_max = 1024;
 // With fewer, it would be the maximum under another name.
 inline constexpr std::size_t p99_9_samples_min = 1000;
+// As a server's process: the one that stdio started.
+inline constexpr int child = -1;
 // Room made beforehand: a vector that grows under way copies all it has.
 inline constexpr std::size_t samples_reserved = 1U << 20U;
 
@@ -66,6 +70,8 @@ struct Plan {
     std::uint16_t method = 0;
     // Of the calls of `method`; none: `size_bytes` of the pattern.
     std::optional<std::string> payload;
+    double work_s = 0.0;  // asleep after each item of a stream, as a consumer at work would be
+    int server_pid = 0;   // whose use of the machine is reported as well; child, or 0: nobody's
     std::uint32_t window_bytes = window_bytes_default;
     std::uint32_t payload_bytes_max = frame::payload_bytes_max;
 };
@@ -91,6 +97,23 @@ struct Usage {
             system_s - then.system_s,
             voluntary - then.voluntary,
             involuntary - then.involuntary};
+    }
+};
+
+// What another process has used, and its largest resident size.
+struct ServerUsage {
+    double cpu_s;
+    std::int64_t voluntary;  // context switches, of the threads that are still there
+    std::int64_t involuntary;
+    std::int64_t memory_peak_bytes;
+
+    // What came on top of an earlier one.
+    ServerUsage since(const ServerUsage& then) const {
+        return {
+            cpu_s - then.cpu_s,
+            voluntary - then.voluntary,
+            involuntary - then.involuntary,
+            memory_peak_bytes};
     }
 };
 
@@ -130,17 +153,57 @@ inline Usage usage_now() {
     return {seconds(used.ru_utime), seconds(used.ru_stime), used.ru_nvcsw, used.ru_nivcsw};
 }
 
-// The largest resident size. (ru_maxrss of getrusage(2) would not do: a new program inherits that
-// of the process that started it, and a harness is larger than what it starts.)
-inline std::size_t memory_peak_bytes() {
-    std::ifstream status("/proc/self/status");
+// A number of a status file of proc(5); 0 if it is not there.
+inline std::int64_t status_field(const std::string& path, const std::string& name) {
+    std::ifstream status(path);
     for (std::string word; status >> word;) {
-        std::size_t kib = 0;
-        if (word == "VmHWM:" && status >> kib) {
-            return kib * 1024;
+        std::int64_t number = 0;
+        if (word == name && status >> number) {
+            return number;
         }
     }
     return 0;
+}
+
+// The largest resident size. (ru_maxrss of getrusage(2) would not do: a new program inherits that
+// of the process that started it, and a harness is larger than what it starts.)
+inline std::int64_t memory_peak_bytes() {
+    return status_field("/proc/self/status", "VmHWM:") * 1024;
+}
+
+// All threads of another process. The time is that of its clock, clock_getcpuclockid(3), which
+// counts nanoseconds, and the threads that have ended. Throws Error: NOT_FOUND.
+inline ServerUsage server_usage_now(int pid) {
+    const std::string path = "/proc/" + std::to_string(pid);
+    const std::unique_ptr<DIR, int (*)(DIR*)> tasks(
+        ::opendir((path + "/task").c_str()), ::closedir
+    );
+    checked(tasks ? 0 : -1, "open", path);
+    timespec cpu{};
+    checked(::clock_gettime((~pid << 3) | 2, &cpu), "clock_gettime", path);
+    std::int64_t voluntary = 0;
+    std::int64_t involuntary = 0;
+    while (const dirent* thread = ::readdir(tasks.get())) {
+        if (thread->d_name[0] == '.') {
+            continue;
+        }
+        const std::string status = path + "/task/" + thread->d_name + "/status";
+        voluntary += status_field(status, "voluntary_ctxt_switches:");
+        involuntary += status_field(status, "nonvoluntary_ctxt_switches:");
+    }
+    const double cpu_s = static_cast<double>(cpu.tv_sec) + static_cast<double>(cpu.tv_nsec) / 1e9;
+    const std::int64_t memory_peak = status_field(path + "/status", "VmHWM:") * 1024;
+    return {cpu_s, voluntary, involuntary, memory_peak};
+}
+
+// The process that the main thread has started. Throws Error: NOT_FOUND.
+inline int child_pid() {
+    const std::string path = "/proc/self/task/" + std::to_string(::getpid()) + "/children";
+    int pid = 0;
+    if (!(std::ifstream(path) >> pid)) {
+        throw Error(Status::NOT_FOUND, "no server was started by this client", path);
+    }
+    return pid;
 }
 
 // One client, and what it measured. (Aligned, so that no two write to one cache line.)
@@ -152,8 +215,10 @@ class alignas(128) Worker {
     }
 
     std::uint64_t operations = 0;
+    std::uint64_t operations_warmup = 0;
     std::uint64_t bytes = 0;             // of the answers
     std::vector<std::uint64_t> samples;  // ns
+    std::vector<std::uint64_t> ages;     // ns
     std::uint64_t errors = 0;
     std::optional<Error> error;  // the first
     std::uint64_t failures = 0;  // answers that differ from the pattern
@@ -230,6 +295,7 @@ class alignas(128) Worker {
             if (!pattern.verifies(index++, item)) {
                 ++failures;
             }
+            work();
             if (--left != 0) {
                 continue;
             }
@@ -245,10 +311,20 @@ class alignas(128) Worker {
         }
     }
 
-    // One endless, paced stream: the samples are the ages of its items on arrival.
+    // One endless, paced stream. The samples are latencies one way: from the time at which an item
+    // was sent to its arrival. Its age runs from the time at which it was due, by the producer's
+    // own pace, to the end of the work on it: it grows where a consumer is too slow, while the
+    // producer waits for it and the latency cannot show it.
     void read_stamped_stream() {
         const auto size_bytes = static_cast<std::uint32_t>(plan_.size_bytes);
         const double rate_hz = plan_.rate_hz / static_cast<double>(plan_.clients);
+        const auto offset_ns = [rate_hz](std::uint64_t index) {
+            return static_cast<std::int64_t>(static_cast<double>(index) * 1e9 / rate_hz);
+        };
+        const auto not_negative = [](std::int64_t span_ns) {
+            return static_cast<std::uint64_t>(std::max<std::int64_t>(0, span_ns));
+        };
+        std::optional<std::int64_t> first_due_ns;
         const Pattern pattern(size_bytes);
         std::uint64_t index = 0;
         for (const Bytes item : bridge_.stream(endless, size_bytes, rate_hz, true)) {
@@ -257,15 +333,17 @@ class alignas(128) Worker {
                 return;
             }
             count(1, item.size());
-            if (pattern.verifies(index++, item, stamp_bytes)) {
+            if (pattern.verifies(index, item, stamp_bytes)) {
                 std::int64_t sent_ns = 0;
                 std::memcpy(&sent_ns, item.data(), stamp_bytes);
-                samples.push_back(
-                    static_cast<std::uint64_t>(std::max<std::int64_t>(0, at_ns - sent_ns))
-                );
+                samples.push_back(not_negative(at_ns - sent_ns));
+                first_due_ns = first_due_ns.value_or(sent_ns - offset_ns(index));
+                work();
+                ages.push_back(not_negative(now_ns() - *first_due_ns - offset_ns(index)));
             } else {
                 ++failures;
             }
+            ++index;
         }
     }
 
@@ -284,6 +362,12 @@ class alignas(128) Worker {
         }
     }
 
+    void work() const {
+        if (plan_.work_s > 0) {
+            sleep_ns(static_cast<std::int64_t>(plan_.work_s * 1e9));
+        }
+    }
+
     void count(std::uint64_t more_operations, std::uint64_t more_bytes) {
         operations += more_operations;
         bytes += more_bytes;
@@ -293,8 +377,10 @@ class alignas(128) Worker {
     bool turn(std::int64_t at_ns) {
         const bool open_loop = plan_.op == "echo" && plan_.rate_hz > 0;
         if (began_ns == 0) {
+            operations_warmup = operations;
             operations = bytes = 0;
             samples.clear();
+            ages.clear();
             // Where no call is due at a given time, the part has its full length, however late.
             began_ns = open_loop ? schedule_.began_ns : at_ns;
             turn_ns_ = began_ns + schedule_.end_ns - schedule_.began_ns;
@@ -326,14 +412,24 @@ class alignas(128) Worker {
 struct Result {
     Plan plan;
     std::deque<Worker> workers;
-    Usage usage{};  // of the measured part
-    std::size_t memory_peak_bytes = 0;
+    Usage usage{};  // of all calls, the warm-up's too: a look in between would disturb them
+    std::optional<ServerUsage> server;  // of the same
+    std::int64_t memory_peak_bytes = 0;
 
     // All latencies, in nanoseconds.
     std::vector<std::uint64_t> samples() const {
         std::vector<std::uint64_t> all;
         each_measured([&](const Worker& worker) {
             all.insert(all.end(), worker.samples.begin(), worker.samples.end());
+        });
+        return all;
+    }
+
+    // Of the items of paced streams, in nanoseconds.
+    std::vector<std::uint64_t> ages() const {
+        std::vector<std::uint64_t> all;
+        each_measured([&](const Worker& worker) {
+            all.insert(all.end(), worker.ages.begin(), worker.ages.end());
         });
         return all;
     }
@@ -356,7 +452,7 @@ struct Result {
 
     // The figures, by name.
     Json report(const std::string& language, const std::string& version) const {
-        const auto [seconds, operations, bytes] = totals();
+        const auto [seconds, operations, operations_warmup, bytes] = totals();
         const auto first = first_error();
         const std::vector<std::uint64_t> latencies = samples();
         const auto per_second = [span = seconds](std::uint64_t amount) {
@@ -373,6 +469,7 @@ struct Result {
         json["warmup_s"] = plan.warmup_s;
         json["seconds"] = seconds;
         json["operations"] = operations;
+        json["operations_warmup"] = operations_warmup;
         json["bytes"] = bytes;
         json["operations_per_second"] = per_second(operations);
         json["bytes_per_second"] = per_second(bytes);
@@ -381,10 +478,12 @@ struct Result {
         json["verification_failures"] = sum(&Worker::failures);
         json["samples"] = latencies.size();
         json["latency_ns"] = percentiles(latencies);
+        json["age_ns"] = percentiles(ages());
         json["cpu_s"] = {{"user", usage.user_s}, {"system", usage.system_s}};
         json["context_switches"] = {
             {"voluntary", usage.voluntary}, {"involuntary", usage.involuntary}};
         json["memory_peak_bytes"] = memory_peak_bytes;
+        json["server"] = report_server();
         return json;
     }
 
@@ -392,22 +491,37 @@ struct Result {
     struct Totals {
         double seconds;
         std::uint64_t operations;
+        std::uint64_t operations_warmup;
         std::uint64_t bytes;
     };
+
+    Json report_server() const {
+        if (!server) {
+            return nullptr;
+        }
+        return {
+            {"cpu_s", server->cpu_s},
+            {"context_switches",
+             {{"voluntary", server->voluntary}, {"involuntary", server->involuntary}}},
+            {"memory_peak_bytes", server->memory_peak_bytes},
+        };
+    }
 
     Totals totals() const {
         std::int64_t began_ns = never;
         std::int64_t ended_ns = 0;
         std::uint64_t operations = 0;
+        std::uint64_t operations_warmup = 0;
         std::uint64_t bytes = 0;
         each_measured([&](const Worker& worker) {
             began_ns = std::min(began_ns, worker.began_ns);
             ended_ns = std::max(ended_ns, worker.ended_ns);
             operations += worker.operations;
+            operations_warmup += worker.operations_warmup;
             bytes += worker.bytes;
         });
         const double seconds = ended_ns != 0 ? static_cast<double>(ended_ns - began_ns) / 1e9 : 0.0;
-        return {seconds, operations, bytes};
+        return {seconds, operations, operations_warmup, bytes};
     }
 
     std::optional<Error> first_error() const {
@@ -437,7 +551,8 @@ struct Result {
     }
 };
 
-// Do what the plan says. Throws Error if a client cannot connect.
+// Do what the plan says. Throws Error if a client cannot connect, or there is no such server
+// process.
 inline std::unique_ptr<Result> run(Plan plan) {
     auto result = std::make_unique<Result>();
     result->plan = std::move(plan);
@@ -447,6 +562,12 @@ inline std::unique_ptr<Result> run(Plan plan) {
     for (std::size_t number = 0; number < asked.clients; ++number) {
         result->workers.emplace_back(asked, connect(asked.url, options), number);
     }
+    const int server_pid = asked.server_pid == child ? child_pid() : asked.server_pid;
+    std::optional<ServerUsage> server_before;
+    if (server_pid != 0) {
+        server_before = server_usage_now(server_pid);
+    }
+    const Usage before = usage_now();
     Schedule schedule;
     schedule.start_ns = now_ns();
     schedule.began_ns = schedule.start_ns + static_cast<std::int64_t>(asked.warmup_s * 1e9);
@@ -455,14 +576,16 @@ inline std::unique_ptr<Result> run(Plan plan) {
     for (Worker& worker : result->workers) {
         threads.emplace_back([&worker, schedule] { worker.run(schedule); });
     }
-    while (now_ns() < schedule.began_ns) {
-        sleep_ns(schedule.began_ns - now_ns());
-    }
-    const Usage before = usage_now();
     for (std::jthread& thread : threads) {
         thread.join();
     }
     result->usage = usage_now().since(before);
+    if (server_before) {
+        try {
+            result->server = server_usage_now(server_pid).since(*server_before);
+        } catch (const Error&) {  // it has gone: the calls have noticed, and say so
+        }
+    }
     result->memory_peak_bytes = memory_peak_bytes();
     return result;
 }

@@ -12,6 +12,7 @@ wakes up late by about what a call takes, and that would be charged as well.
 
 import array
 import contextlib
+import os
 import resource
 import threading
 import time
@@ -24,7 +25,7 @@ from ipc_bridge.errors import CallError, Error, Status
 from ipc_bridge.frame import Buffer
 from ipc_bridge.service import ECHO, STAMP, Bridge, Pattern
 from ipc_bridge.session import WINDOW_BYTES
-from ipc_bridge.system import now_ns
+from ipc_bridge.system import checked, now_ns
 
 ENDLESS = 1 << 63  # items of a stream that is left when the time is up
 SPIN_NS = 200_000  # before a call is due: longer than a wake-up takes, also on a virtual machine
@@ -32,6 +33,7 @@ OVERRUN_NS = 1_000_000_000  # for calls that were due in time but are late; then
 LOOK_NS = 1_000_000  # how far apart the looks at the clock shall be in a stream at full speed
 LOOK_ITEMS_MAX = 1024  # and how many items, at most
 P99_9_SAMPLES_MIN = 1000  # with fewer, it would be the maximum under another name
+CHILD = -1  # as a server's process: the one that stdio started
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class Plan:
     clients: int = 1
     method: int = 0  # of a service of one's own, whose answers are not verified; 0: the op's own
     payload: bytes | None = None  # of the calls of `method`; None: `size_bytes` of the pattern
+    work_s: float = 0.0  # asleep after each item of a stream, as a consumer at work would be
+    server_pid: int = 0  # whose use of the machine is reported as well; CHILD, or 0: nobody's
     window_bytes: int = WINDOW_BYTES
     payload_bytes_max: int = frame.PAYLOAD_BYTES_MAX
 
@@ -77,13 +81,33 @@ class Usage(NamedTuple):
         )
 
 
+class ServerUsage(NamedTuple):
+    """What another process has used, and its largest resident size."""
+
+    cpu_s: float
+    voluntary: int  # context switches, of the threads that are still there
+    involuntary: int
+    memory_peak_bytes: int
+
+    def since(self, then: "ServerUsage") -> "ServerUsage":
+        """What came on top of an earlier one."""
+        return ServerUsage(
+            self.cpu_s - then.cpu_s,
+            self.voluntary - then.voluntary,
+            self.involuntary - then.involuntary,
+            self.memory_peak_bytes,
+        )
+
+
 class Worker:
     """One client, and what it measured."""
 
     def __init__(self, plan: Plan, bridge: Bridge, number: int) -> None:
         self.operations = 0
+        self.operations_warmup = 0
         self.bytes = 0  # of the answers
         self.samples = array.array("Q")  # ns
+        self.ages = array.array("Q")  # ns
         self.errors = 0
         self.error: Error | None = None  # the first
         self.failures = 0  # answers that differ from the pattern
@@ -145,13 +169,15 @@ class Worker:
     def _read_stream(self) -> None:
         """One endless stream. A look at the clock costs about what a small item does, so they are
         as rare as LOOK_NS allows; leaving the loop cancels the stream."""
-        size_bytes = self._plan.size_bytes
+        size_bytes, work_s = self._plan.size_bytes, self._plan.work_s
         verifies = Pattern(size_bytes).verifies
         stride = left = 1  # items until the next look
         looked_ns = now_ns()
         for index, item in enumerate(self._bridge.stream(ENDLESS, size_bytes)):
             if not verifies(index, item):
                 self.failures += 1
+            if work_s:
+                time.sleep(work_s)
             left -= 1
             if left:
                 continue
@@ -164,9 +190,13 @@ class Worker:
             looked_ns = at_ns
 
     def _read_stamped_stream(self) -> None:
-        """One endless, paced stream: the samples are the ages of its items on arrival."""
-        size_bytes = self._plan.size_bytes
+        """One endless, paced stream. The samples are latencies one way: from the time at which an
+        item was sent to its arrival. Its age runs from the time at which it was due, by the
+        producer's own pace, to the end of the work on it: it grows where a consumer is too slow,
+        while the producer waits for it and the latency cannot show it."""
+        size_bytes, work_s = self._plan.size_bytes, self._plan.work_s
         rate_hz = self._plan.rate_hz / self._plan.clients
+        first_due_ns: int | None = None
         verifies, unpack = Pattern(size_bytes).verifies, STAMP.unpack_from
         items = self._bridge.stream(ENDLESS, size_bytes, rate_hz, stamped=True)
         for index, item in enumerate(items):
@@ -175,7 +205,14 @@ class Worker:
                 return
             self._count(1, len(item))
             if len(item) == size_bytes and verifies(index, item, STAMP.size):
-                self.samples.append(max(0, at_ns - unpack(item)[0]))
+                sent_ns = unpack(item)[0]
+                self.samples.append(max(0, at_ns - sent_ns))
+                if first_due_ns is None:
+                    first_due_ns = sent_ns - int(index * 1e9 / rate_hz)
+                if work_s:
+                    time.sleep(work_s)
+                due_ns = first_due_ns + int(index * 1e9 / rate_hz)
+                self.ages.append(max(0, now_ns() - due_ns))
             else:
                 self.failures += 1
 
@@ -199,8 +236,10 @@ class Worker:
         schedule = self._schedule
         open_loop = self._plan.op == "echo" and self._plan.rate_hz > 0
         if self.began_ns == 0:
+            self.operations_warmup = self.operations
             self.operations = self.bytes = 0
             del self.samples[:]
+            del self.ages[:]
             # Where no call is due at a given time, the part has its full length, however late.
             self.began_ns = schedule.began_ns if open_loop else at_ns
             self._turn_ns = self.began_ns + schedule.end_ns - schedule.began_ns
@@ -220,7 +259,8 @@ class Result(NamedTuple):
 
     plan: Plan
     workers: list[Worker]
-    usage: Usage  # of the measured part
+    usage: Usage  # of all calls, the warm-up's too: a look in between would disturb them
+    server: ServerUsage | None  # of the same
     memory_peak_bytes: int
 
     def samples(self) -> "array.array[int]":
@@ -229,6 +269,13 @@ class Result(NamedTuple):
         for worker in self._measured():
             samples += worker.samples
         return samples
+
+    def ages(self) -> "array.array[int]":
+        """Of the items of paced streams, in nanoseconds."""
+        ages = array.array("Q")
+        for worker in self._measured():
+            ages += worker.ages
+        return ages
 
     def error(self) -> Error | None:
         """The first error, or what stands for it: wrong answers."""
@@ -262,6 +309,7 @@ class Result(NamedTuple):
             "warmup_s": plan.warmup_s,
             "seconds": seconds,
             "operations": operations,
+            "operations_warmup": sum(worker.operations_warmup for worker in workers),
             "bytes": total_bytes,
             "operations_per_second": operations / seconds if seconds else 0.0,
             "bytes_per_second": total_bytes / seconds if seconds else 0.0,
@@ -270,12 +318,26 @@ class Result(NamedTuple):
             "verification_failures": sum(worker.failures for worker in self.workers),
             "samples": len(samples),
             "latency_ns": percentiles(samples),
+            "age_ns": percentiles(self.ages()),
             "cpu_s": {"user": usage.user_s, "system": usage.system_s},
             "context_switches": {
                 "voluntary": usage.voluntary,
                 "involuntary": usage.involuntary,
             },
             "memory_peak_bytes": self.memory_peak_bytes,
+            "server": self._report_server(),
+        }
+
+    def _report_server(self) -> dict[str, Any] | None:
+        if self.server is None:
+            return None
+        return {
+            "cpu_s": self.server.cpu_s,
+            "context_switches": {
+                "voluntary": self.server.voluntary,
+                "involuntary": self.server.involuntary,
+            },
+            "memory_peak_bytes": self.server.memory_peak_bytes,
         }
 
     def _measured(self) -> list[Worker]:
@@ -283,7 +345,8 @@ class Result(NamedTuple):
 
 
 def run(plan: Plan) -> Result:
-    """Do what the plan says. Raises Error if a client cannot connect."""
+    """Do what the plan says. Raises Error if a client cannot connect, or there is no such server
+    process."""
     with contextlib.ExitStack() as connections:
         workers = []
         for number in range(plan.clients):
@@ -291,6 +354,8 @@ def run(plan: Plan) -> Result:
                 plan.url, window_bytes=plan.window_bytes, payload_bytes_max=plan.payload_bytes_max
             )
             workers.append(Worker(plan, connections.enter_context(bridge), number))
+        server_pid = child_pid() if plan.server_pid == CHILD else plan.server_pid
+        before, server_before = usage_now(), server_usage_now(server_pid) if server_pid else None
         start_ns = now_ns()
         began_ns = start_ns + int(plan.warmup_s * 1e9)
         schedule = Schedule(start_ns, began_ns, began_ns + int(plan.duration_s * 1e9))
@@ -299,11 +364,13 @@ def run(plan: Plan) -> Result:
         ]
         for thread in threads:
             thread.start()
-        time.sleep(max(0, began_ns - now_ns()) / 1e9)
-        before = usage_now()
         for thread in threads:
             thread.join()
-        return Result(plan, workers, usage_now().since(before), memory_peak_bytes())
+        usage, server = usage_now().since(before), None
+        if server_before:
+            with contextlib.suppress(Error):  # it has gone: the calls have noticed, and say so
+                server = server_usage_now(server_pid).since(server_before)
+        return Result(plan, workers, usage, server, memory_peak_bytes())
 
 
 def sleep_until(at_ns: int) -> None:
@@ -337,11 +404,44 @@ def usage_now() -> Usage:
     return Usage(used.ru_utime, used.ru_stime, used.ru_nvcsw, used.ru_nivcsw)
 
 
+def status_field(path: str, name: str) -> int:
+    """A number of a status file of proc(5); 0 if it is not there."""
+    with open(path, encoding="utf-8", errors="replace") as status:
+        for line in status:
+            if line.startswith(name):
+                return int(line.split()[1])
+    return 0
+
+
 def memory_peak_bytes() -> int:
     """The largest resident size. (ru_maxrss of getrusage(2) would not do: a new program inherits
     that of the process that started it, and a harness is larger than what it starts.)"""
-    with open("/proc/self/status", encoding="ascii") as status:
-        for line in status:
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return 0
+    return status_field("/proc/self/status", "VmHWM:") * 1024
+
+
+def server_usage_now(pid: int) -> ServerUsage:
+    """All threads of another process. The time is that of its clock, clock_getcpuclockid(3), which
+    counts nanoseconds, and the threads that have ended. Raises Error: NOT_FOUND."""
+    path = f"/proc/{pid}"
+    with checked("open", path):
+        threads = os.listdir(f"{path}/task")
+    with checked("clock_gettime", path):
+        cpu_ns = time.clock_gettime_ns(~pid << 3 | 2)
+    voluntary = involuntary = 0
+    with checked("open", path):
+        for thread in threads:
+            status = f"{path}/task/{thread}/status"
+            voluntary += status_field(status, "voluntary_ctxt_switches:")
+            involuntary += status_field(status, "nonvoluntary_ctxt_switches:")
+        memory_peak = status_field(f"{path}/status", "VmHWM:") * 1024
+    return ServerUsage(cpu_ns / 1e9, voluntary, involuntary, memory_peak)
+
+
+def child_pid() -> int:
+    """The process that the main thread has started. Raises Error: NOT_FOUND."""
+    path = f"/proc/self/task/{os.getpid()}/children"
+    with checked("open", path), open(path, encoding="ascii") as children:
+        words = children.read().split()
+    if not words:
+        raise Error(Status.NOT_FOUND, "no server was started by this client", path)
+    return int(words[0])

@@ -34,6 +34,7 @@ BENCH_CLIENTS_MAX = 1024  # each costs a thread, and its buffers
 DURATION_S_MIN = 0.001
 DURATION_S_MAX = 3600.0  # bounds the samples, which stay in memory until the end
 METHOD_MAX = (1 << 16) - 1
+PID_MAX = 1 << 22  # of Linux
 NUMBER_MAX = 1e9  # above what the digits of NUMBER can say
 UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 SIZE = re.compile(r"([0-9]{1,18})(|KiB|MiB|GiB)")
@@ -102,6 +103,8 @@ BENCH = (
     Option("--method", "M", "number of a method of your own; its answers are not verified"),
     Option("--payload", PAYLOAD, "what to send to that method (default: a payload of --size)"),
     Option("--samples", "FILE", "write the latencies into FILE, as u64 little-endian ns"),
+    Option("--work", "SECONDS", "sleep so long after each item of a stream (default 0)"),
+    Option("--server-pid", "PID|child", "report what that process uses too, or stdio's server"),
 )
 HELP = Option("--help", "", "print this help, and leave")
 VERSION = Option("--version", "", "print the version, and leave")
@@ -415,6 +418,12 @@ def make_plan(arguments: Arguments) -> load.Plan:
     if stamped and method:
         raise CommandLineError("a method's stream has its own pace", "--rate")
     size_min = STAMP.size if stamped else 0
+    work_s = arguments.number("--work", 0, DURATION_S_MAX, 0.0)
+    if op != "stream" and arguments.has("--work"):
+        raise CommandLineError("this option goes with --op stream", "--work")
+    server_pid = load.CHILD
+    if not arguments.has("--server-pid") or arguments.text("--server-pid") != "child":
+        server_pid = arguments.count("--server-pid", 1, PID_MAX, 0)
     # A payload of one's own has its own size; the option may still be there, and is not looked at.
     size_bytes = (
         0 if has_payload else arguments.size("--size", size_min, arguments.payload_bytes_max)
@@ -429,6 +438,8 @@ def make_plan(arguments: Arguments) -> load.Plan:
         clients=arguments.count("--clients", 1, BENCH_CLIENTS_MAX, 1),
         method=method,
         payload=arguments.payload() if has_payload else None,
+        work_s=work_s,
+        server_pid=server_pid,
         window_bytes=arguments.window_bytes,
         payload_bytes_max=arguments.payload_bytes_max,
     )

@@ -16,6 +16,11 @@ from ipc_bridge.peer import CommandLineError
 
 # Its name: the module of this package that defines it, by that name.
 COMMANDS: dict[str, str] = {
+    "bench": "bench",
+    "report": "report",
+    "compare": "compare",
+    "recommend": "recommend",
+    "sweep": "sweep",
     "export": "export",
     "curve-keys": "curve_keys",
     "doctor": "doctor",

@@ -73,7 +73,10 @@ def show_pairing(
     try:
         with (
             private_directory() as directory,
-            served_peer(scheme, server, os.path.join(directory, "demo")) as url,
+            served_peer(scheme, [*peer(server), "serve"], os.path.join(directory, "demo")) as (
+                url,
+                _,
+            ),
         ):
             echo = run([*peer(client), "echo", url, "--payload", greeting(client)])
             say(f' echo "{echo.rstrip()}",')

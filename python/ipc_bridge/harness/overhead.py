@@ -101,8 +101,8 @@ def bare_p50_ns(cell: Cell, size_bytes: int) -> float:
         address = {"tcp": "0", "sysv-queue": str(os.getpid())}.get(  # a port, a key, or a path
             cell.transport, os.path.join(directory, "bare")
         )
-        with served([*program, "serve", address, *message], server_core) as address:
-            out = run([*program, "ping", address, *message, str(pings)], client_core)
+        with served([*program, "serve", address, *message], server_core) as server:
+            out = run([*program, "ping", server.address, *message, str(pings)], client_core)
     match = re.search(r"p50_ns=(\d+)", out)
     if not match:
         raise ProgramError(f"no p50_ns in: {out.strip()}")
@@ -117,7 +117,8 @@ def bench(cell: Cell, op: str, size_bytes: int) -> dict[str, Any]:
     with private_directory() as directory:
         path = os.path.join(directory, "pair")
         scheme = SCHEME.get(cell.transport, cell.transport)
-        with served_peer(scheme, cell.server, path, cell.wait, server_core) as url:
+        serve = [*peer(cell.server), "serve"]
+        with served_peer(scheme, serve, path, cell.wait, server_core) as (url, _):
             out = run([*peer(cell.client), "bench", url, *words], client_core)
     figures: dict[str, Any] = json.loads(out)
     if not figures["operations"]:

@@ -13,9 +13,9 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, NoReturn
+from typing import IO, NamedTuple, NoReturn
 from urllib.parse import quote
 
 from ipc_bridge.errors import Error, Status
@@ -157,14 +157,21 @@ def run(words: Sequence[str], core: int | None = None) -> str:
     return out
 
 
+class Served(NamedTuple):
+    """A running server."""
+
+    address: str  # for its clients: what followed `ready`, or a URL
+    pid: int  # 0: each client starts one
+
+
 @contextlib.contextmanager
-def served(words: Sequence[str], core: int | None = None) -> Iterator[str]:
-    """A running server; what follows `ready`. Raises ProgramError if it, or its client, failed."""
+def served(words: Sequence[str], core: int | None = None) -> Iterator[Served]:
+    """A running server. Raises ProgramError if it, or its client, failed."""
     failure = ""
     with tempfile.TemporaryFile("w+", errors="replace") as log:
         process = start(words, core, log)
         try:
-            yield ready(process, words)
+            yield Served(ready(process, words), process.pid)
         except ProgramError as error:
             failure = str(error)
         finally:
@@ -196,18 +203,35 @@ def ended(words: Sequence[str], code: int) -> str:
 
 @contextlib.contextmanager
 def served_peer(
-    scheme: str, language: str, path: str, wait: str = "", core: int | None = None
-) -> Iterator[str]:
-    """A peer that serves; the URL for its clients. With stdio, each client starts its own."""
+    scheme: str,
+    words: Sequence[str],
+    path: str,
+    wait: str = "",
+    core: int | None = None,
+) -> Iterator[Served]:
+    """A server, started by `words` and its URL; `path` is for what it needs on disk. With stdio,
+    each client starts its own."""
     query = f"?wait={wait}" if wait else ""
-    words = [*peer(language), "serve"]
     if scheme == "stdio":
-        command = shlex.join([*words, f"stdio:{query}"])
-        yield f"stdio:{query} {command}" if query else f"stdio:{command}"
+        command = shlex.join([*on_core(core), *words, f"stdio:{query}"])
+        yield Served(f"stdio:{query} {command}" if query else f"stdio:{command}", 0)
         return
     where = "127.0.0.1:0" if scheme.endswith("tcp") else quote(path)
-    with served([*words, f"{scheme}://{where}{query}"], core) as url:
-        yield url.partition("?")[0] + query
+    with served([*words, f"{scheme}://{where}{query}"], core) as server:
+        yield server._replace(address=server.address.partition("?")[0] + query)
+
+
+def on_core(core: int | None) -> list[str]:
+    """The words before a command that another program starts, and would start on its own core."""
+    return [] if core is None else ["taskset", "-c", str(core)]
+
+
+def move(pid: int, cores: Iterable[int]) -> None:
+    """Let a program go on elsewhere: all its threads, and what they start."""
+    cores = set(cores)
+    for thread in os.listdir(f"/proc/{pid}/task"):
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            os.sched_setaffinity(int(thread), cores)
 
 
 # --- being a program ---

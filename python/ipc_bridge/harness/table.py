@@ -1,0 +1,155 @@
+"""The results on a terminal, and as Markdown: a table for each setting, transports by pairings."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ipc_bridge.harness.matrix import Cell, setting_label
+from ipc_bridge.harness.programs import LANGUAGES
+from ipc_bridge.harness.results import Document, figure_of
+from ipc_bridge.harness.statistics import Figure, ranks
+
+WIDTH_OFF_TERMINAL = 110
+Entry = dict[str, Any]
+
+
+class Group:
+    """The cells of one setting, to be compared with each other."""
+
+    def __init__(self, entries: Sequence[Entry]) -> None:
+        self.entries = entries
+        self.cell = cell_of(entries[0])
+        self.name, self.best_is_low, self.unit = main_figure(self.cell)
+        self.pairings = [*dict.fromkeys((one["client"], one["server"]) for one in entries)]
+        self.transports = [*dict.fromkeys(one["transport"] for one in entries)]
+
+    def title(self) -> str:
+        """What all its cells share."""
+        return setting_label(self.cell)
+
+    def find(self, transport: str, pairing: tuple[str, str]) -> Entry | None:
+        """One cell."""
+        for one in self.entries:
+            if (one["transport"], one["client"], one["server"]) == (transport, *pairing):
+                return one
+        return None
+
+    def figures(self, pairing: tuple[str, str]) -> dict[str, Figure]:
+        """The main figure of each transport, for one pairing."""
+        found = {}
+        for transport in self.transports:
+            entry = self.find(transport, pairing)
+            if entry and (value := figure_of(entry, self.name)):
+                found[transport] = value
+        return found
+
+    def places(
+        self, pairing: tuple[str, str], among: Sequence[str] | None = None
+    ) -> dict[str, tuple[int, int]]:
+        """The place of each transport (among some), as a range where it is a tie."""
+        figures = self.figures(pairing)
+        some = {name: figures[name] for name in among or () if name in figures}
+        return ranks(figures if among is None else some, self.best_is_low)
+
+
+def cell_of(entry: Entry) -> Cell:
+    """The cell of an entry in a document."""
+    return Cell(**{name: entry[name] for name in Cell._fields})
+
+
+def main_figure(cell: Cell) -> tuple[str, bool, str]:
+    """What cells like this are compared by: its name, whether less is better, its unit."""
+    if cell.op == "echo" or cell.rate_hz:
+        return "latency_p50_ns", True, "us"
+    if cell.size_bytes < 4096:
+        return "operations_per_second", False, "items/s"
+    return "bytes_per_second", False, "MB/s"
+
+
+def groups(document: Document) -> list[Group]:
+    """All settings of a run."""
+    found: dict[tuple[Any, ...], list[Entry]] = {}
+    for entry in document["cells"]:
+        found.setdefault(cell_of(entry).setting(), []).append(entry)
+    return [Group(entries) for entries in found.values()]
+
+
+def pairing_label(pairing: tuple[str, str]) -> str:
+    """C++ -> Python."""
+    return " -> ".join(LANGUAGES.get(name, name) for name in pairing)
+
+
+def scaled(value: float, unit: str) -> str:
+    """A figure as it is shown: three digits that count."""
+    value = value / {"us": 1e3, "MB/s": 1e6}.get(unit, 1)
+    if value >= 100 or unit in ("items/s", "MB/s"):
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def place(places: tuple[int, int]) -> str:
+    """1, or 2-4 where it is a tie."""
+    best, worst = places
+    return str(best) if best == worst else f"{best}-{worst}"
+
+
+def make_table(group: Group) -> Table:
+    """One setting."""
+    what = {"us": "median latency in us", "items/s": "items a second", "MB/s": "MB a second"}
+    title = f"{group.title()}: {what[group.unit]} (place; 2-4 is a tie)"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
+    table.add_column("client -> server", no_wrap=True)
+    places = {}
+    for pairing in group.pairings:
+        places[pairing] = group.places(pairing)
+        table.add_column(pairing_label(pairing), justify="right", no_wrap=True)
+    table.add_column("C++ -> C++ / floor", justify="right", no_wrap=True)
+    for transport in group.transports:
+        row = [transport]
+        for pairing in group.pairings:
+            entry = group.find(transport, pairing)
+            row.append(shown(entry, group, places[pairing].get(transport)))
+        over = group.find(transport, ("cpp", "cpp"))
+        found = figure_of(over, "overhead") if over else None
+        table.add_row(*row, f"{found.value:.2f}" if found else "-")
+    return table
+
+
+def shown(entry: Entry | None, group: Group, places: tuple[int, int] | None) -> str:
+    """One figure, and its place."""
+    if entry is None:
+        return "-"
+    value = figure_of(entry, group.name)
+    if entry["failure"]:
+        return "failed"
+    if value is None or places is None:
+        return "-"
+    return f"{scaled(value.value, group.unit)} ({place(places)})"
+
+
+def print_results(console: Console, document: Document) -> None:
+    """All tables, what failed, what was skipped, and the warnings."""
+    is_shown = console.is_terminal or console.quiet
+    wide = console if is_shown else Console(width=WIDTH_OFF_TERMINAL)
+    for group in groups(document):
+        wide.print(make_table(group))
+    machine = [one for one in document["floors"] if one["kind"] != "bare"]
+    for floor in machine:
+        name, unit = ("p50_ns", "us") if floor["kind"] == "line" else ("bytes_per_second", "MB/s")
+        value = figure_of(floor, name)
+        if value:
+            console.out(
+                f"floor: {floor['id']}  {scaled(value.value, unit)} {unit}", highlight=False
+            )
+    reasons: dict[str, int] = {}
+    for one in document["skipped"]:
+        reasons[one["reason"]] = reasons.get(one["reason"], 0) + 1
+    for reason, count in reasons.items():
+        console.out(f"skipped: {count} cells: {reason}", highlight=False)
+    for what, text in document["failures"].items():
+        console.out(f"failed: {what}: {'; '.join(text.splitlines())}", style="red", highlight=False)
+    for text in document["warnings"]:
+        console.out(f"warning: {text}", style="yellow", highlight=False)

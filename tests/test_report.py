@@ -1,0 +1,181 @@
+"""`ipc-bridge report` and `recommend`: a page that needs nothing else, and what follows from it."""
+
+import json
+import re
+from collections.abc import Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from harness_support import call, echo_round, made, stream_round
+from ipc_bridge.harness import results
+from ipc_bridge.harness.matrix import Cell, floor_of
+from ipc_bridge.harness.plots import plots
+from ipc_bridge.harness.report import caveats, write
+from ipc_bridge.harness.results import Document
+
+TRANSPORTS = {"unix": 10e3, "tcp": 15e3, "pipe": 8e3, "shm": 2e3}  # ns
+SECTIONS = (
+    "Pairings",
+    "Latency and throughput",
+    "CPU time",
+    "Overhead over the floor",
+    "Latency by percentile",
+    "Latency against size",
+    "Throughput against size",
+)
+
+
+def small_run(
+    sizes: tuple[int, ...] = (64, 4096), transports: Sequence[str] = (*TRANSPORTS,)
+) -> Document:
+    """Echoes and streams of some transports, in two pairings."""
+    cells, floors = {}, {}
+    for transport in transports:
+        ns = TRANSPORTS[transport]
+        for server, factor in (("cpp", 1), ("py", 3)):
+            for size in sizes:
+                rounds = range(1, 6)
+                echo = Cell(transport, "cpp", server, "echo", size, "block", "same-core")
+                stream = Cell(transport, "cpp", server, "stream", size, "block", "cross-core")
+                cells[echo] = [echo_round(n, ns * factor * (1 + n / 100)) for n in rounds]
+                cells[stream] = [stream_round(n, 1e13 / ns / factor + n * 1e6) for n in rounds]
+                for cell in (echo, stream):
+                    floor = floor_of(cell)
+                    if floor:
+                        name = "p50_ns" if floor.kind == "bare" else "bytes_per_second"
+                        value = 1e3 if floor.kind == "bare" else 1e10
+                        floors[floor] = [{"round": n, name: value} for n in rounds]
+    return made(cells, floors, warnings=["a virtual machine: <b>slow</b>"])
+
+
+class Page(HTMLParser):
+    """What a page holds."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.images: list[dict[str, str | None]] = []
+        self.links: list[str] = []
+        self.ids: list[str] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        self.images += [found] if tag == "img" else []
+        self.links += [found["href"] or ""] if "href" in found else []
+        self.ids += [found["id"] or ""] if "id" in found else []
+        if tag not in ("meta", "link", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("report")
+    write(small_run(), directory)
+    return directory
+
+
+def test_the_page_loads_nothing_and_is_whole(report: Path) -> None:
+    text = (report / "report.html").read_text()
+    page = Page(text)
+    assert page.open == []
+    assert len(page.images) == len(list(report.glob("*.svg"))) == len(list(report.glob("*.png")))
+    for image in page.images:
+        assert (image["src"] or "").startswith("data:image/svg+xml;base64,")
+        assert image["alt"]
+    for link in page.links:
+        assert (link.startswith("#") and link[1:] in page.ids) or link == "data:,"
+    assert not re.search(r"(src|href)=.?https?:|@import|url\(|<script", text)
+    assert "&lt;b&gt;slow&lt;/b&gt;" in text, "what a machine says is no markup"
+
+
+def test_the_page_shows_all_that_it_must(report: Path) -> None:
+    page = Page((report / "report.html").read_text())
+    for section in (*SECTIONS, "How to read it", "Recommendation", "The machine, and the run"):
+        assert section in page.text
+    for text in ("A virtual machine: <b>slow</b>.", "Mitigation", "steal share", "performance"):
+        assert text in page.text
+    for transport in TRANSPORTS:
+        assert transport in page.text
+
+
+def test_each_kind_of_plot_is_drawn() -> None:
+    found = plots(small_run())
+    assert {plot.section for plot in found} == set(SECTIONS)
+    names = [plot.name for plot in found]
+    assert len(set(names)) == len(names)
+    assert all(re.fullmatch(r"[a-z0-9.-]+", name) for name in names)
+    for plot in found:
+        for axes in plot.canvas.axes:
+            assert axes.get_title()
+            if plot.section != "Pairings":
+                assert axes.get_xlabel()
+
+
+def test_one_size_makes_no_plot_against_size() -> None:
+    assert not any("against size" in plot.section for plot in plots(small_run((64,))))
+
+
+def test_the_markdown_has_the_figures(report: Path) -> None:
+    text = (report / "report.md").read_text()
+    assert "**echo 64B block same-core**, median in us" in text
+    row = re.search(r"^\| `pipe` \| ([\d.]+) \((\S+)\) \|", text, re.MULTILINE)
+    assert row
+    assert (float(row[1]), row[2]) == (8.24, "2")
+    widths = {line.count("|") for line in text.splitlines() if line.startswith("| `")}
+    assert widths == {5}
+    assert "- A virtual machine" in text
+
+
+def test_caveats_of_an_unfinished_run() -> None:
+    document = small_run() | {"interrupted": True, "rounds": 2, "failures": {"x": "y"}}
+    assert len(caveats(document)) == 4
+
+
+def saved(tmp_path: Path) -> str:
+    results.save(tmp_path, small_run((64,)))
+    return str(tmp_path)
+
+
+def test_report_takes_the_newest_run(tmp_path: Path) -> None:
+    results.save(tmp_path, small_run((64,), ("unix",)))
+    done = call("report", str(tmp_path), "-o", str(tmp_path / "out"))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"page: {tmp_path}/out/report.html" in done.stdout
+    (tmp_path / "run").mkdir()
+    done = call("report", str(tmp_path / "run"))
+    assert done.returncode == 15
+    assert done.stderr.startswith("error: NOT_FOUND: no results; `ipc-bridge bench` makes them, ")
+
+
+def recommended(tmp_path: Path, *words: str) -> list[dict[str, str]]:
+    done = call("recommend", saved(tmp_path), *words, "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    found: list[dict[str, str]] = json.loads(done.stdout)["choices"]
+    return found
+
+
+def test_recommend_ranks_what_fits(tmp_path: Path) -> None:
+    found = recommended(tmp_path, "--size", "100", "--pairing", "cpp-py")
+    assert [one["transport"] for one in found] == ["shm", "pipe", "unix", "tcp"]
+    assert [one["place"] for one in found] == ["1", "2", "3", "4"]
+    assert all(one["reason"] and one["trap"] for one in found)
+    assert "us of CPU for a call" in found[0]["reason"]
+    across = recommended(tmp_path, "--across-hosts", "--pattern", "stream")
+    assert [(one["transport"], one["place"]) for one in across] == [("tcp", "1")]
+
+
+def test_recommend_says_what_the_run_lacks(tmp_path: Path) -> None:
+    done = call("recommend", saved(tmp_path), "--pairing", "py-py")
+    assert (done.returncode, done.stdout) == (15, "")
+    assert "the run has no cell like this: echo Python -> Python" in done.stderr
