@@ -19,7 +19,7 @@ BUILD = ROOT / os.environ.get("IPC_BRIDGE_BUILD_DIR", "build")
 SANITIZED = "sanitize" in str(BUILD)
 SLOW = 5.0 if SANITIZED else 1.0  # factor for every limit on time
 
-TRANSPORTS = ["pipe", "stdio", "unix", "tcp"]
+TRANSPORTS = ["pipe", "stdio", "unix", "tcp", "grpc+unix", "grpc+tcp"]
 LANGUAGES = ["cpp", "py"]
 PAIRINGS = [(client, server) for client in LANGUAGES for server in LANGUAGES]
 
@@ -45,6 +45,8 @@ def listen_url(transport: str, directory: Path) -> str:
         "pipe": f"pipe://{directory}/pipe",
         "unix": f"unix://{directory}/sock",
         "tcp": "tcp://127.0.0.1:0",
+        "grpc+unix": f"grpc+unix://{directory}/grpc",
+        "grpc+tcp": "grpc+tcp://127.0.0.1:0",
     }[transport]
 
 

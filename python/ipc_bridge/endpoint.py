@@ -1,6 +1,7 @@
 """The one map from a URL to a transport. Whoever needs only one transport can do without it.
 
     pipe:///dir            stdio:COMMAND WORDS        unix:///path        tcp://127.0.0.1:5000
+    grpc+unix:///path      grpc+tcp://127.0.0.1:5000
 
 Options follow as a query: `?wait=block|spin|adaptive` everywhere, `?allow_remote=1` for tcp; that
 of stdio stands before the command: `stdio:?wait=spin COMMAND WORDS`.
@@ -8,6 +9,7 @@ of stdio stands before the command: `stdio:?wait=spin COMMAND WORDS`.
 
 import shlex
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Union
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from ipc_bridge import client, frame, server
@@ -18,17 +20,19 @@ from ipc_bridge.system import Transport, Wait
 from ipc_bridge.transports.pipe import Pipe, Stdio
 from ipc_bridge.transports.stream_socket import Tcp, Unix
 
+if TYPE_CHECKING:  # else it is loaded when it is used
+    from ipc_bridge.transports.grpc_rpc import Grpc
+
 Options = dict[str, str]
+Way = Union[Transport, "Grpc"]  # bytes, which a session needs; or gRPC, with sessions of its own
 
 
 def transport(url: str) -> Transport:
     """The transport that a URL names. Raises Error: INVALID_ARGUMENT."""
-    scheme, colon, _ = url.partition(":")
-    make = SCHEMES.get(scheme)
-    if not colon or make is None:
-        known = ", ".join(SCHEMES)
-        raise Error(Status.INVALID_ARGUMENT, f"unknown scheme; known are {known}", url)
-    return make(url)
+    way = way_of(url)
+    if not isinstance(way, Transport):
+        raise Error(Status.INVALID_ARGUMENT, "gRPC carries calls, not bytes", url)
+    return way
 
 
 def connect(
@@ -39,9 +43,12 @@ def connect(
     timeout: float | None = client.CONNECT_TIMEOUT_S,
 ) -> Bridge:
     """Reach the server at `url`; the options and errors are those of `client.connect`."""
+    way = way_of(url)
+    if not isinstance(way, Transport):
+        return Bridge(way.connect(window_bytes, payload_bytes_max, timeout))
     return Bridge(
         client.connect(
-            transport(url),
+            way,
             window_bytes=window_bytes,
             payload_bytes_max=payload_bytes_max,
             timeout=timeout,
@@ -57,17 +64,31 @@ def serve(
     payload_bytes_max: int = frame.PAYLOAD_BYTES_MAX,
     clients_max: int = server.CLIENTS_MAX,
     grace_s: float = server.GRACE_S,
-) -> server.Server:
+) -> server.Callee:
     """Become the server of `url`; `run` what it returns. The options and errors are those of
     `server.Server`; the service is echo and stream unless given."""
+    way = way_of(url)
+    service = make_service() if service is None else service
+    if not isinstance(way, Transport):
+        return way.serve(service, payload_bytes_max, clients_max, grace_s)
     return server.Server(
-        transport(url),
-        make_service() if service is None else service,
+        way,
+        service,
         window_bytes=window_bytes,
         payload_bytes_max=payload_bytes_max,
         clients_max=clients_max,
         grace_s=grace_s,
     )
+
+
+def way_of(url: str) -> "Way":
+    """What a URL leads to. Raises Error: INVALID_ARGUMENT."""
+    scheme, colon, _ = url.partition(":")
+    make = SCHEMES.get(scheme)
+    if not colon or make is None:
+        known = ", ".join(SCHEMES)
+        raise Error(Status.INVALID_ARGUMENT, f"unknown scheme; known are {known}", url)
+    return make(url)
 
 
 def _unix(url: str) -> Transport:
@@ -76,14 +97,7 @@ def _unix(url: str) -> Transport:
 
 
 def _tcp(url: str) -> Transport:
-    try:
-        parts = urlsplit(url)
-        host, port = parts.hostname, parts.port
-    except ValueError:
-        host, port = None, None
-    if not host or port is None or parts.path not in ("", "/"):
-        raise Error(Status.INVALID_ARGUMENT, "tcp takes a host and a port", url)
-    options = _options(parts.query, {"wait", "allow_remote"}, url)
+    host, port, options = _host_and_port(url, {"wait", "allow_remote"})
     return Tcp(host, port, _wait(options, url), _flag(options, "allow_remote", url))
 
 
@@ -114,6 +128,57 @@ def _path(url: str, known: set[str]) -> tuple[str, Options]:
     return path, _options(parts.query, known, url)
 
 
+def _host_and_port(url: str, known: set[str]) -> tuple[str, int, Options]:
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host, port = None, None
+    if not host or port is None or parts.path not in ("", "/"):
+        what = f"{url.partition(':')[0]} takes a host and a port"
+        raise Error(Status.INVALID_ARGUMENT, what, url)
+    return host, port, _options(parts.query, known, url)
+
+
+def _grpc_unix(url: str) -> "Grpc":
+    path, options = _path(url, {"wait"})
+    _check_wait(options, url)
+    way: Grpc = _grpc_rpc(url).GrpcUnix(path)
+    return way
+
+
+def _grpc_tcp(url: str) -> "Grpc":
+    host, port, options = _host_and_port(url, {"wait", "allow_remote", "ca", "cert", "key", "name"})
+    _check_wait(options, url)
+    grpc_rpc = _grpc_rpc(url)
+    keys = grpc_rpc.Keys(*(options.get(name, "") for name in ("ca", "cert", "key", "name")))
+    way: Grpc = grpc_rpc.GrpcTcp(host, port, keys, _flag(options, "allow_remote", url))
+    return way
+
+
+def _grpc_rpc(url: str) -> Any:
+    """The module, which takes a while to load, and a library that not everybody has."""
+    try:
+        from ipc_bridge.transports import grpc_rpc
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] not in ("grpc", "grpc_health", "grpc_reflection"):
+            what = f"the generated code is missing or of no use ({error}); run `make build`"
+            raise Error(Status.UNIMPLEMENTED, what, url) from None
+        what = f"no module {error.name}: pip install 'ipc-bridge[grpc]'"
+        raise Error(Status.UNIMPLEMENTED, what, url) from None
+    except (AttributeError, RuntimeError, TypeError) as error:  # what gencode raises, by its age
+        what = f"generated code and installed libraries do not match: {error}".splitlines()[0]
+        raise Error(Status.FAILED_PRECONDITION, what, url) from None
+    return grpc_rpc
+
+
+def _check_wait(options: Options, url: str) -> None:
+    """Sessions that wait in gRPC's own threads, which always block."""
+    if options.get("wait", "block") != "block":
+        what = "gRPC waits in threads of its own: wait can only be block"
+        raise Error(Status.INVALID_ARGUMENT, what, url)
+
+
 def _options(query: str, known: set[str], url: str) -> Options:
     options = dict(parse_qsl(query, keep_blank_values=True))
     for name in options:
@@ -136,9 +201,11 @@ def _flag(options: Options, name: str, url: str) -> bool:
     return value == "1"
 
 
-SCHEMES: dict[str, Callable[[str], Transport]] = {
+SCHEMES: dict[str, Callable[[str], "Way"]] = {
     "pipe": _pipe,
     "stdio": _stdio,
     "unix": _unix,
     "tcp": _tcp,
+    "grpc+unix": _grpc_unix,
+    "grpc+tcp": _grpc_tcp,
 }
