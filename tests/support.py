@@ -225,6 +225,7 @@ class Peers:
         self.client_language, self.server_language = pairing
         self.directory = directory
         self.shares_server = transport != "stdio"  # may a second client reach the same server?
+        self.is_grpc = transport.startswith("grpc+")  # no frames of ours, no bytes' transport
         self.url = ""
         self.server: Server | None = None  # on stdio, each client has one of its own
         self._all: list[Process] = []

@@ -309,7 +309,7 @@ class Connection:
             if not session.filled_by_call(count):
                 return
             left_ms = session.remaining_ms
-            call = Call(self, now_ns() + left_ms * 1_000_000) if left_ms else self._undated
+            call = ConnectionCall(self, now_ns() + left_ms * 1_000_000) if left_ms else self._undated
             self._call = call
             try:
                 answer = find_unary(session.method)(call, session.payload)

@@ -33,6 +33,7 @@
 #include <utility>
 #include <variant>
 
+#include <grpcpp/ext/proto_server_reflection_plugin.h>
 #include <grpcpp/grpcpp.h>
 #include <grpcpp/health_check_service_interface.h>
 
@@ -61,6 +62,8 @@ constexpr int connect_retry_ms_min = 100;
 constexpr int connect_retry_ms_max = 500;
 // Silence of a host for twice as long: it has gone. (A process that goes is seen at once.)
 constexpr int keepalive_ms = 5000;
+// HTTP/2's default; a Unix socket's buffer has three times as much.
+constexpr int request_window_bytes = 65535;
 // A stranger that says no HTTP/2 for so long is none of ours.
 constexpr int handshake_timeout_ms = 5000;
 // Items made before gRPC takes them: enough that it never waits for a fast producer.
@@ -150,26 +153,20 @@ class RpcClient : public Caller {
         }  // else a server that was made from an older bridge.proto
     }
 
+    // As Client::call; but the connection lives also after UNAVAILABLE, as gRPC connects again, and
+    // after a deadline met while the request was still being sent.
     Bytes call(std::uint16_t method, Bytes payload, std::optional<double> timeout) override {
-        grpc::ClientContext context;
-        prepare(context, payload, timeout);
-        const grpc::Status status = method == echo_method
-                                        ? echo(context, payload)
-                                        : call_by_number(context, method, payload);
-        if (payload.size() > keep_bytes_max) {
-            echo_request_.Clear();
-            echo_request_ = {};
-            call_request_ = {};
+        const std::int64_t deadline_ns = prepare(payload, timeout);
+        if (method == echo_method) {
+            return bytes_of(answer(&Bridge::Stub::Echo, echo_, payload, deadline_ns));
         }
-        if (!status.ok()) {
-            throw error_of(status);
-        }
-        return reply_;
+        by_number_.request.set_method(method);
+        return bytes_of(answer(&Bridge::Stub::Call, by_number_, payload, deadline_ns));
     }
 
     Items call_stream(std::uint16_t method, Bytes payload, std::optional<double> timeout) override {
         auto source = std::make_unique<Source>(*this);
-        prepare(source->context, payload, timeout);
+        introduce(source->context, prepare(payload, timeout));
         StreamRequest asked;
         if (method == stream_method &&
             asked.ParseFromArray(payload.data(), static_cast<int>(payload.size()))) {
@@ -230,8 +227,39 @@ class RpcClient : public Caller {
         bool open_ = true;
     };
 
-    // What is checked, and said, before any call. Throws as Caller::call.
-    void prepare(grpc::ClientContext& context, Bytes payload, std::optional<double> timeout) {
+    // A request and its reply, kept for their buffers.
+    template <class Request, class Reply>
+    struct Exchange {
+        Request request;
+        Reply reply;
+    };
+    template <class Request, class Reply>
+    using Method = grpc::Status (Bridge::Stub::*)(grpc::ClientContext*, const Request&, Reply*);
+
+    // The reply of a unary call.
+    template <class Request, class Reply>
+    const std::string& answer(
+        Method<Request, Reply> method,
+        Exchange<Request, Reply>& exchange,
+        Bytes payload,
+        std::int64_t deadline_ns
+    ) {
+        exchange.request.set_payload(payload.data(), payload.size());
+        grpc::ClientContext context;
+        introduce(context, deadline_ns);
+        const grpc::Status status =
+            (stub_.get()->*method)(&context, exchange.request, &exchange.reply);
+        if (payload.size() > keep_bytes_max) {
+            std::string().swap(*exchange.request.mutable_payload());
+        }
+        if (!status.ok()) {
+            throw error_of(status);
+        }
+        return exchange.reply.payload();
+    }
+
+    // What is checked before any call; its deadline. Throws as Caller::call.
+    std::int64_t prepare(Bytes payload, std::optional<double> timeout) {
         const std::int64_t deadline_ns = deadline_after(timeout);
         if (deadline_ns != never && deadline_ns <= now_ns()) {
             throw CallError(Status::DEADLINE_EXCEEDED, "the deadline has passed", url_);
@@ -251,6 +279,11 @@ class RpcClient : public Caller {
                 url_
             );
         }
+        return deadline_ns;
+    }
+
+    // What goes with every call.
+    void introduce(grpc::ClientContext& context, std::int64_t deadline_ns) const {
         set_deadline(context, deadline_ns);
         if (payload_bytes_max_ != frame::payload_bytes_max) {
             context.AddMetadata(max_payload_key, std::to_string(payload_bytes_max_));
@@ -266,21 +299,6 @@ class RpcClient : public Caller {
         }
     }
 
-    grpc::Status echo(grpc::ClientContext& context, Bytes payload) {
-        echo_request_.set_payload(payload.data(), payload.size());
-        const grpc::Status status = stub_->Echo(&context, echo_request_, &echo_reply_);
-        reply_ = bytes_of(echo_reply_.payload());
-        return status;
-    }
-
-    grpc::Status call_by_number(grpc::ClientContext& context, std::uint16_t method, Bytes payload) {
-        call_request_.set_method(method);
-        call_request_.set_payload(payload.data(), payload.size());
-        const grpc::Status status = stub_->Call(&context, call_request_, &call_reply_);
-        reply_ = bytes_of(call_reply_.payload());
-        return status;
-    }
-
     // What gRPC itself found out is said in our words; what the server said, in its own.
     CallError error_of(const grpc::Status& status) const {
         if (status.error_code() == grpc::StatusCode::DEADLINE_EXCEEDED) {
@@ -294,12 +312,9 @@ class RpcClient : public Caller {
     std::uint32_t peer_payload_bytes_max_ = frame::payload_bytes_max;
     std::shared_ptr<grpc::Channel> channel_;
     std::unique_ptr<Bridge::Stub> stub_;
-    bool busy_ = false;         // a stream is open
-    EchoRequest echo_request_;  // kept for their buffers
-    EchoReply echo_reply_;
-    CallRequest call_request_;
-    CallReply call_reply_;
-    Bytes reply_;
+    Exchange<EchoRequest, EchoReply> echo_;
+    Exchange<CallRequest, CallReply> by_number_;
+    bool busy_ = false;  // a stream is open
 };
 
 // --- the server ---
@@ -539,7 +554,7 @@ class Streaming : public grpc::ServerWriteReactor<StreamItem> {
             const std::lock_guard lock(call_.mutex);
             queued_bytes_ -= cost(queue_.front());
             queue_.pop_front();
-            if (!ok) {
+            if (!ok) {  // the call is over: OnCancel comes, too
                 queue_.clear();
                 queued_bytes_ = 0;
             }
@@ -549,9 +564,6 @@ class Streaming : public grpc::ServerWriteReactor<StreamItem> {
             }
             is_over = !writing_ && ended_;
             call_.changed.notify_all();
-        }
-        if (!ok) {
-            // OnCancel comes, too.
         }
         if (is_over) {
             Finish(status_);
@@ -696,13 +708,19 @@ class RpcServer : public Callee {
     )
         : rooms_(std::make_shared<Rooms>(std::move(service), options)),
           cleanup_(std::move(cleanup)) {
+        // Health checking and reflection, as gRPC's own tools expect them.
         grpc::EnableDefaultHealthCheckService(true);
+        grpc::reflection::InitProtoReflectionServerBuilderPlugin();
         grpc::ServerBuilder builder;
         int port = 0;
         builder.AddListeningPort(address, credentials, &port);
         builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
         builder.AddChannelArgument(GRPC_ARG_ENABLE_CHANNELZ, 0);
         builder.AddChannelArgument(GRPC_ARG_SERVER_HANDSHAKE_TIMEOUT_MS, handshake_timeout_ms);
+        // gRPC does not give up a call while a part of it is stuck in a socket that nobody reads;
+        // so a client may send no more than a socket's buffer takes.
+        builder.AddChannelArgument(GRPC_ARG_HTTP2_STREAM_LOOKAHEAD_BYTES, request_window_bytes);
+        builder.AddChannelArgument(GRPC_ARG_HTTP2_BDP_PROBE, 0);
         // Clients may ask whether we live as often as we do them, also between calls.
         builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, keepalive_ms);
         builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, keepalive_ms);
@@ -719,6 +737,9 @@ class RpcServer : public Callee {
         if (!rooms_->server) {
             throw Error(Status::ALREADY_EXISTS, "gRPC cannot listen there", address);
         }
+        rooms_->server->GetHealthCheckService()->SetServingStatus(
+            Bridge::service_full_name(), true
+        );
         url = url_of_port(port);
     }
     ~RpcServer() override { close(); }
@@ -745,6 +766,7 @@ class RpcServer : public Callee {
     // a handler that goes on regardless is left behind with all that it uses.
     void drain() {
         Shared& shared = rooms_->shared;
+        rooms_->server->GetHealthCheckService()->Shutdown();
         const auto ended = std::make_shared<std::atomic<bool>>(false);
         const double grace_s = shared.options.grace_s;
         const std::int64_t cut_ns = deadline_after(grace_s + cut_s);

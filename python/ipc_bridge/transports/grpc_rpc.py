@@ -39,8 +39,11 @@ from urllib.parse import quote
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
 
 from ipc_bridge import frame
+from ipc_bridge.bridge_pb2 import DESCRIPTOR as BRIDGE
 from ipc_bridge.bridge_pb2 import (
     CallReply,
     CallRequest,
@@ -66,6 +69,8 @@ MESSAGE_EXTRA_BYTES = 64  # tags and sizes around a payload: more than any messa
 PATH_BYTES_MAX = 107  # sockaddr_un.sun_path less its NUL, unix(7)
 CONNECT_RETRY_MS = (100, 500)  # between attempts to reach a server; gRPC allows no less than 100
 KEEPALIVE_MS = 5000  # a host silent for twice as long has gone (a process's end shows at once)
+REQUEST_WINDOW_BYTES = 65535  # HTTP/2's default; a Unix socket's buffer has three times as much
+EXTRA_CALLS_MAX = 64  # hellos, health checks and reflection at once
 HANDSHAKE_TIMEOUT_MS = 5000  # a stranger that says no HTTP/2 for so long is none of ours
 
 log = logging.getLogger("ipc_bridge")
@@ -334,10 +339,11 @@ CODES = {code.value[0]: code for code in grpc.StatusCode}
 class RpcServicer(BridgeServicer):
     """The methods of bridge.proto, each in a thread of gRPC's pool."""
 
-    def __init__(self, service: Service, payload_bytes_max: int) -> None:
+    def __init__(self, service: Service, payload_bytes_max: int, clients_max: int) -> None:
         self.running: dict[RpcCall, None] = {}
         self._service = service
         self._payload_bytes_max = payload_bytes_max
+        self._clients_max = clients_max
 
     def Echo(self, request: EchoRequest, context: grpc.ServicerContext) -> EchoReply:  # noqa: N802
         return EchoReply(payload=self._answer(context, ECHO, request.payload))
@@ -362,10 +368,8 @@ class RpcServicer(BridgeServicer):
 
     def _answer(self, context: grpc.ServicerContext, method: int, request: bytes) -> bytes:
         """A unary call."""
-        call = RpcCall(context)
-        self.running[call] = None
+        call = self._enter(context, request)
         try:
-            self._check_request(request)
             reply = self._service.find_unary(method)(call, memoryview(request))
             call.check_size(len(reply))
         except Exception as error:
@@ -379,11 +383,9 @@ class RpcServicer(BridgeServicer):
         self, context: grpc.ServicerContext, method: int, request: bytes
     ) -> Iterator[StreamItem]:
         """A streaming call: gRPC asks for an item once the one before is on its way."""
-        call = RpcCall(context)
-        self.running[call] = None
+        call = self._enter(context, request)
         items: Any = None
         try:
-            self._check_request(request)
             items = iter(self._service.find_streaming(method)(call, memoryview(request)))
             for item in items:
                 if call.reason() != Status.OK:
@@ -400,12 +402,18 @@ class RpcServicer(BridgeServicer):
             del self.running[call]
         self._check_reason(call)
 
-    def _check_request(self, request: bytes) -> None:
-        """(gRPC's own limit is a little above.)"""
-        size = len(request)
+    def _enter(self, context: grpc.ServicerContext, request: bytes) -> RpcCall:
+        """A call begins, unless there are too many, or it is too large. (gRPC's own limits are a
+        little above.)"""
+        call, size = RpcCall(context), len(request)
+        if len(self.running) >= self._clients_max:
+            what = f"the server has {self._clients_max} calls under way and takes no more"
+            call.end(Status.RESOURCE_EXHAUSTED, what)
         if size > self._payload_bytes_max:
             what = f"payload of {size} bytes, the server takes {self._payload_bytes_max}"
-            raise Error(Status.RESOURCE_EXHAUSTED, what)
+            call.end(Status.RESOURCE_EXHAUSTED, what)
+        self.running[call] = None
+        return call
 
     def _check_reason(self, call: RpcCall) -> None:
         reason = call.reason()
@@ -449,10 +457,11 @@ class RpcServer:
         self._cleanup = cleanup
         self._wakeup = Wakeup()
         self._closed = False
-        self._servicer = RpcServicer(service, payload_bytes_max)
+        self._servicer = RpcServicer(service, payload_bytes_max, clients_max)
         # A thread for each call that may run: none ever waits in line behind a stream.
+        threads_max = clients_max + EXTRA_CALLS_MAX
         self._server = grpc.server(
-            ThreadPoolExecutor(clients_max, "grpc"),
+            ThreadPoolExecutor(threads_max, "grpc"),
             options=[
                 ("grpc.so_reuseport", 0),
                 ("grpc.enable_channelz", 0),
@@ -462,12 +471,17 @@ class RpcServer:
                 ("grpc.keepalive_timeout_ms", KEEPALIVE_MS),
                 ("grpc.keepalive_permit_without_calls", 1),
                 ("grpc.http2.min_recv_ping_interval_without_data_ms", KEEPALIVE_MS // 2),
+                # gRPC does not give up a call while a part of it is stuck in a socket that nobody
+                # reads; so a client may send no more than a socket's buffer takes.
+                ("grpc.http2.lookahead_bytes", REQUEST_WINDOW_BYTES),
+                ("grpc.http2.bdp_probe", 0),
                 ("grpc.max_send_message_length", -1),
                 ("grpc.max_receive_message_length", payload_bytes_max + MESSAGE_EXTRA_BYTES),
             ],
-            maximum_concurrent_rpcs=clients_max,
+            maximum_concurrent_rpcs=threads_max,
         )
         add_BridgeServicer_to_server(self._servicer, self._server)
+        self._health = _tell_about(self._server)
         try:
             if credentials:
                 port = self._server.add_secure_port(address, credentials)
@@ -513,6 +527,7 @@ class RpcServer:
         if self._closed:
             return
         self._closed = True
+        self._health.enter_graceful_shutdown()
         ended = self._server.stop(self._grace_s + CUT_S)
         if not ended.wait(self._grace_s):
             for call in list(self._servicer.running):
@@ -520,6 +535,20 @@ class RpcServer:
             ended.wait(2 * CUT_S)
         self._cleanup()
         self._wakeup.close()
+
+
+def _tell_about(server: grpc.Server) -> health.HealthServicer:
+    """Health checking and reflection, as gRPC's own tools expect them."""
+    servicer = health.HealthServicer(
+        experimental_non_blocking=True, experimental_thread_pool=ThreadPoolExecutor(1, "health")
+    )
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    name = BRIDGE.services_by_name["Bridge"].full_name
+    for service in ("", name):
+        servicer.set(service, health_pb2.HealthCheckResponse.SERVING)
+    names = (name, health.SERVICE_NAME, reflection.SERVICE_NAME)
+    reflection.enable_server_reflection(names, server)
+    return servicer
 
 
 # --- addresses ---
