@@ -212,6 +212,8 @@ class Arguments:
         try:
             way_of(self.url)
         except Error as error:
+            if error.status != Status.INVALID_ARGUMENT:  # a library that is missing
+                raise
             raise CommandLineError(error.what, error.where) from None
         self.json = bool(self._values["json"])
         self.window_bytes = self.size("--window", 1, session.WINDOW_BYTES_MAX, session.WINDOW_BYTES)

@@ -7,6 +7,7 @@
 // be blocked, so that of all handlers only one at a time runs there; the others have a thread.
 #include <netdb.h>
 #include <netinet/in.h>
+#include <pthread.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
@@ -106,6 +107,10 @@ void quieten() {
 
 // --- the client ---
 
+// How often this process is a fork of another. The threads of gRPC stay behind in a fork.
+std::atomic<int> forks = 0;
+const int watching_forks = ::pthread_atfork(nullptr, nullptr, [] { ++forks; });
+
 class RpcClient : public Caller {
   public:
     RpcClient(
@@ -182,9 +187,14 @@ class RpcClient : public Caller {
     }
 
     void close() override {
+        if (forks != forks_) {  // what is left of it cannot be ended here
+            static_cast<void>(stub_.release());
+            static_cast<void>(new std::shared_ptr<grpc::Channel>(std::move(channel_)));
+        }
         stub_.reset();
         channel_.reset();
     }
+    ~RpcClient() override { close(); }
 
   private:
     class Source : public ItemSource {
@@ -269,6 +279,11 @@ class RpcClient : public Caller {
                 Status::FAILED_PRECONDITION, "a call is under way on this connection", url_
             );
         }
+        if (forks != forks_) {
+            throw UsageError(
+                Status::FAILED_PRECONDITION, "a connection does not survive a fork", url_
+            );
+        }
         if (!stub_) {
             throw CallError(Status::UNAVAILABLE, "the connection is closed", url_);
         }
@@ -315,6 +330,7 @@ class RpcClient : public Caller {
     Exchange<EchoRequest, EchoReply> echo_;
     Exchange<CallRequest, CallReply> by_number_;
     bool busy_ = false;  // a stream is open
+    int forks_ = forks;  // when it was made
 };
 
 // --- the server ---
@@ -697,10 +713,11 @@ struct Rooms {
 class RpcServer : public Callee {
   public:
     // Listen at `address`, which is free. `cleanup` removes it. Throws Error: ALREADY_EXISTS if
-    // another program has just taken it; INVALID_ARGUMENT if the credentials are of no use.
+    // another program has just taken it; INVALID_ARGUMENT if the keys are of no use.
     RpcServer(
         const std::string& address,
         const std::shared_ptr<grpc::ServerCredentials>& credentials,
+        bool has_keys,
         std::function<std::string(int)> url_of_port,
         std::function<void()> cleanup,
         Service service,
@@ -734,6 +751,9 @@ class RpcServer : public Callee {
         );
         builder.RegisterService(&rooms_->bridge);
         rooms_->server = builder.BuildAndStart();
+        if (!rooms_->server && has_keys) {
+            throw Error(Status::INVALID_ARGUMENT, "gRPC cannot listen with these keys", address);
+        }
         if (!rooms_->server) {
             throw Error(Status::ALREADY_EXISTS, "gRPC cannot listen there", address);
         }
@@ -914,6 +934,7 @@ std::unique_ptr<Callee> GrpcUnix::serve(Service service, const ServeOptions& opt
         server = std::make_unique<RpcServer>(
             "unix:" + quoted(path_),
             grpc::InsecureServerCredentials(),
+            false,
             [url = url](int) { return url; },
             [path = path_, lock] {
                 ::unlink(path.c_str());
@@ -1049,6 +1070,7 @@ std::unique_ptr<Callee> GrpcTcp::serve(Service service, const ServeOptions& opti
     return std::make_unique<RpcServer>(
         authority(place.host, port_),
         credentials,
+        !keys_.cert.empty(),
         [host = host_](int port) { return "grpc+tcp://" + authority(host, port); },
         [] {},
         std::move(service),

@@ -90,6 +90,19 @@ class Keys(NamedTuple):
 # --- the client ---
 
 
+class Forks:
+    """How often this process is a fork of another. The threads of gRPC stay behind in a fork."""
+
+    count = 0
+
+    @classmethod
+    def happened(cls) -> None:
+        cls.count += 1
+
+
+os.register_at_fork(after_in_child=Forks.happened)
+
+
 class RpcClient:
     """A connection to a server; `GrpcUnix.connect` and `GrpcTcp.connect` make it."""
 
@@ -139,6 +152,7 @@ class RpcClient:
         self._peer_payload_bytes_max = frame.PAYLOAD_BYTES_MAX
         self._items: RpcItems | None = None  # of the open stream
         self._closed = False
+        self._forks = Forks.count  # when it was made
 
     def meet(self, deadline_ns: int, missing: str) -> None:
         """Learn what the server takes, waiting for it to start. Raises Error: UNAVAILABLE."""
@@ -183,7 +197,8 @@ class RpcClient:
     def close(self) -> None:
         """Close the connection; an open call is cancelled by that. Idempotent."""
         self._closed = True
-        self._channel.close()
+        if self._forks == Forks.count:
+            self._channel.close()
 
     def _prepare(self, payload: Buffer, timeout: float | None) -> float | None:
         """What is checked before any call; the timeout for gRPC. Raises as Client.call."""
@@ -194,6 +209,9 @@ class RpcClient:
                 timeout = None
         if self._items is not None and self._items.is_open:
             what = "a call is under way on this connection"
+            raise UsageError(Status.FAILED_PRECONDITION, what, self.url)
+        if self._forks != Forks.count:
+            what = "a connection does not survive a fork"
             raise UsageError(Status.FAILED_PRECONDITION, what, self.url)
         if self._closed:
             raise CallError(Status.UNAVAILABLE, "the connection is closed", self.url)
@@ -451,7 +469,7 @@ class RpcServer:
         grace_s: float,
     ) -> None:
         """Listen at `address`, which is free; `cleanup` removes it. Raises Error: ALREADY_EXISTS
-        if another program has just taken it."""
+        if another program has just taken it; INVALID_ARGUMENT if the keys are of no use."""
         ServerSession(WINDOW_BYTES, payload_bytes_max)  # a bad option is an error now
         self._grace_s = grace_s
         self._cleanup = cleanup
@@ -489,6 +507,8 @@ class RpcServer:
                 port = self._server.add_insecure_port(address)
         except RuntimeError:
             port = 0
+        if not port and credentials:
+            raise Error(Status.INVALID_ARGUMENT, "gRPC cannot listen with these keys", address)
         if not port:
             raise Error(Status.ALREADY_EXISTS, "gRPC cannot listen there", address)
         self._server.start()
