@@ -334,6 +334,9 @@ class Arguments {
         try {
             endpoint::way_of(url);
         } catch (const Error& error) {
+            if (error.status != Status::INVALID_ARGUMENT) {  // a library that is missing
+                throw;
+            }
             throw CommandLineError(error.message, error.where);
         }
         window_bytes =

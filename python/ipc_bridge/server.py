@@ -309,7 +309,9 @@ class Connection:
             if not session.filled_by_call(count):
                 return
             left_ms = session.remaining_ms
-            call = ConnectionCall(self, now_ns() + left_ms * 1_000_000) if left_ms else self._undated
+            call = self._undated
+            if left_ms:
+                call = ConnectionCall(self, now_ns() + left_ms * 1_000_000)
             self._call = call
             try:
                 answer = find_unary(session.method)(call, session.payload)

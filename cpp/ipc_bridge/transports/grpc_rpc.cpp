@@ -10,7 +10,6 @@
 #include <pthread.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
-#include <sys/un.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -56,8 +55,6 @@ constexpr std::uint16_t stream_method = 2;
 const std::string max_payload_key = "ipc-bridge-max-payload";
 // Tags and sizes around a payload: more than any message here has.
 constexpr int message_extra_bytes = 64;
-// sockaddr_un.sun_path less its NUL, unix(7)
-constexpr std::size_t path_bytes_max = 107;
 // Between attempts to reach a server; gRPC allows no less than 100.
 constexpr int connect_retry_ms_min = 100;
 constexpr int connect_retry_ms_max = 500;
@@ -836,49 +833,6 @@ std::string quoted(const std::string& path) {
     return out;
 }
 
-// Is what lies at a path a socket of ours, or of root, which we may use? Nothing there is fine.
-//
-// Throws Error: PERMISSION_DENIED.
-void check_socket(const std::string& path, const std::string& url) {
-    struct stat info {};
-    if (::lstat(path.c_str(), &info) < 0) {
-        if (errno == ENOENT) {
-            return;
-        }
-        throw SystemError("connect", errno, url);
-    }
-    if (info.st_uid != ::geteuid() && info.st_uid != 0) {
-        throw Error(
-            Status::PERMISSION_DENIED, "the peer runs as uid " + std::to_string(info.st_uid), url
-        );
-    }
-    if (::access(path.c_str(), W_OK) < 0) {
-        throw SystemError("connect", errno, url);
-    }
-}
-
-// Remove a dead server's socket; only under the lock, and only if it is ours.
-void reclaim(const std::string& path) {
-    struct stat info {};
-    if (::lstat(path.c_str(), &info) < 0) {
-        return;
-    }
-    if (!S_ISSOCK(info.st_mode) || info.st_uid != ::geteuid()) {
-        throw Error(Status::ALREADY_EXISTS, "something that is not our socket is in the way", path);
-    }
-    const Fd probe(
-        checked(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0), "socket", path)
-    );
-    sockaddr_un address{};
-    address.sun_family = AF_UNIX;
-    std::memcpy(address.sun_path, path.data(), path.size());
-    if (::connect(probe.get(), reinterpret_cast<const sockaddr*>(&address), sizeof(address)) == 0 ||
-        errno != ECONNREFUSED) {
-        throw Error(Status::ALREADY_EXISTS, "another program listens on this socket", path);
-    }
-    ::unlink(path.c_str());
-}
-
 // A file of keys, whole. Throws Error.
 std::string read_key(const std::string& path) {
     std::ifstream file(path, std::ios::binary);
@@ -895,48 +849,41 @@ std::string read_if(const std::string& path) {
 
 }  // namespace
 
-GrpcUnix::GrpcUnix(std::string path) : path_(std::move(path)) {
-    if (path_.empty() || path_.size() > path_bytes_max) {
-        throw Error(
-            Status::INVALID_ARGUMENT,
-            "a socket's path takes 1 to " + std::to_string(path_bytes_max) + " bytes",
-            path_
-        );
-    }
-    url = "grpc+unix://" + path_;
+GrpcUnix::GrpcUnix(const std::string& path) : address_(path, "grpc+unix://" + path, SOCK_STREAM) {
+    url = address_.url;
 }
 
 std::unique_ptr<Caller> GrpcUnix::connect(const ConnectOptions& options) {
     quieten();
     const std::int64_t deadline_ns = deadline_after(options.timeout);
-    check_socket(path_, url);
+    // Once by ourselves: gRPC asks nobody whose socket it is, and is slow to try again.
+    address_.connect(deadline_ns).close();
     auto client = std::make_unique<RpcClient>(
-        "unix:" + quoted(path_),
+        "unix:" + quoted(address_.path),
         grpc::InsecureChannelCredentials(),
         grpc::ChannelArguments(),
         url,
         options
     );
     client->meet(deadline_ns, "no server");
-    check_socket(path_, url);  // one that came later: nothing has been said to it yet
     return client;
 }
 
 std::unique_ptr<Callee> GrpcUnix::serve(Service service, const ServeOptions& options) {
     quieten();
-    auto lock = std::make_shared<Lock>(path_ + ".lock");
-    reclaim(path_);
+    auto lock = std::make_shared<Lock>(address_.path + ".lock");
+    address_.reclaim();
     // The file is born with its mode. (umask(2) is the process's: others that make files now get
     // narrower ones.)
     const mode_t before = ::umask(0177);
     std::unique_ptr<RpcServer> server;
     try {
         server = std::make_unique<RpcServer>(
-            "unix:" + quoted(path_),
+            "unix:" + quoted(address_.path),
             grpc::InsecureServerCredentials(),
             false,
             [url = url](int) { return url; },
-            [path = path_, lock] {
+            [path = address_.path, lock] {
                 ::unlink(path.c_str());
                 lock->close();
             },

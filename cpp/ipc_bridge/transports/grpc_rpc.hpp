@@ -14,7 +14,7 @@
 // gRPC is a session layer: this file gives the faces of Client and Server, not a Stream. Its source
 // is a file of its own, so that nobody else waits for gRPC's headers to compile.
 //
-// Copy with it: bridge.proto, errors, frame, session, system, client, server.
+// Copy with it: bridge.proto, errors, frame, session, system, unix_address, client, server.
 // Run: ipc-bridge-peer serve grpc+unix:///tmp/demo.sock
 #pragma once
 
@@ -23,6 +23,7 @@
 
 #include <ipc_bridge/client.hpp>
 #include <ipc_bridge/server.hpp>
+#include <ipc_bridge/transports/unix_address.hpp>
 
 namespace ipc_bridge {
 
@@ -53,13 +54,13 @@ class Grpc {
 class GrpcUnix : public Grpc {
   public:
     // Throws Error: INVALID_ARGUMENT for a path that is empty or too long.
-    explicit GrpcUnix(std::string path);
+    explicit GrpcUnix(const std::string& path);
 
     std::unique_ptr<Caller> connect(const ConnectOptions& options) override;
     std::unique_ptr<Callee> serve(Service service, const ServeOptions& options) override;
 
   private:
-    std::string path_;
+    UnixAddress address_;
 };
 
 // `grpc+tcp://host:port`; port 0 lets the kernel choose. A server binds loopback unless it has keys

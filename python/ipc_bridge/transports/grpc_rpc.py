@@ -14,18 +14,16 @@ servers that share a port, proxies, channels that share a connection, reconnecti
 gRPC is a session layer: this file gives the faces of Client and Server, not a Stream. Handlers run
 in a pool of threads, one for each call: a stream that takes long holds up nobody.
 
-Copy with it: bridge.proto, errors, frame, session, system, client, server.
+Copy with it: bridge.proto, errors, frame, session, system, unix_address, client, server.
 Run: python -m ipc_bridge.peer serve grpc+unix:///tmp/demo.sock
 """
 
 import contextlib
-import errno
 import ipaddress
 import logging
 import os
 import select
 import socket
-import stat
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator
@@ -55,18 +53,18 @@ from ipc_bridge.bridge_pb2 import (
     StreamRequest,
 )
 from ipc_bridge.bridge_pb2_grpc import BridgeServicer, BridgeStub, add_BridgeServicer_to_server
-from ipc_bridge.errors import MESSAGE_BYTES_MAX, CallError, Error, Status, SystemError, UsageError
+from ipc_bridge.errors import MESSAGE_BYTES_MAX, CallError, Error, Status, UsageError
 from ipc_bridge.frame import Buffer
 from ipc_bridge.server import CUT_S, REASONS, Call, Pause, Service
 from ipc_bridge.session import WINDOW_BYTES, ServerSession
 from ipc_bridge.system import NEVER, TIMEOUT_S_MAX, Lock, Wakeup, checked, deadline_after, now_ns
+from ipc_bridge.transports.unix_address import UnixAddress
 
 ECHO = 1  # service's; the typed methods of bridge.proto
 STREAM = 2
 
 MAX_PAYLOAD_KEY = "ipc-bridge-max-payload"  # the metadata that tells a client's (bridge.proto)
 MESSAGE_EXTRA_BYTES = 64  # tags and sizes around a payload: more than any message here has
-PATH_BYTES_MAX = 107  # sockaddr_un.sun_path less its NUL, unix(7)
 CONNECT_RETRY_MS = (100, 500)  # between attempts to reach a server; gRPC allows no less than 100
 KEEPALIVE_MS = 5000  # a host silent for twice as long has gone (a process's end shows at once)
 REQUEST_WINDOW_BYTES = 65535  # HTTP/2's default; a Unix socket's buffer has three times as much
@@ -598,22 +596,19 @@ class GrpcUnix(Grpc):
 
     def __init__(self, path: str) -> None:
         """Raises Error: INVALID_ARGUMENT for a path that is empty or too long."""
-        if not 0 < len(os.fsencode(path)) <= PATH_BYTES_MAX:
-            what = f"a socket's path takes 1 to {PATH_BYTES_MAX} bytes"
-            raise Error(Status.INVALID_ARGUMENT, what, path)
-        self.path = path
         self.url = f"grpc+unix://{path}"
+        self._address = UnixAddress(path, self.url, socket.SOCK_STREAM)
 
     def connect(
         self, window_bytes: int, payload_bytes_max: int, timeout: float | None
     ) -> RpcClient:
         deadline_ns = deadline_after(timeout)
-        self._check_socket()
-        target = f"unix:{quote(self.path)}"
+        # Once by ourselves: gRPC asks nobody whose socket it is, and is slow to try again.
+        self._address.connect(deadline_ns).close()
+        target = f"unix:{quote(self._address.path)}"
         caller = RpcClient(target, None, [], self.url, window_bytes, payload_bytes_max)
         try:
             caller.meet(deadline_ns, "no server")
-            self._check_socket()  # one that came later: nothing has been said to it yet
         except BaseException:
             caller.close()
             raise
@@ -622,20 +617,20 @@ class GrpcUnix(Grpc):
     def serve(
         self, service: Service, payload_bytes_max: int, clients_max: int, grace_s: float
     ) -> RpcServer:
-        lock = Lock(self.path + ".lock")
+        lock = Lock(self._address.path + ".lock")
 
         def cleanup() -> None:
             with contextlib.suppress(OSError):
-                os.unlink(self.path)
+                os.unlink(self._address.path)
             lock.close()
 
         # The file is born with its mode. (umask(2) is the process's: others that make files now
         # get narrower ones.)
         before = os.umask(0o177)
         try:
-            self._reclaim()
+            self._address.reclaim()
             return RpcServer(
-                f"unix:{quote(self.path)}",
+                f"unix:{quote(self._address.path)}",
                 None,
                 lambda port: self.url,
                 cleanup,
@@ -649,39 +644,6 @@ class GrpcUnix(Grpc):
             raise
         finally:
             os.umask(before)
-
-    def _check_socket(self) -> None:
-        """Is what lies there a socket of ours, or of root, which we may use? Nothing is fine.
-
-        Raises Error: PERMISSION_DENIED.
-        """
-        try:
-            info = os.stat(self.path, follow_symlinks=False)
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            raise SystemError("connect", error.errno or 0, self.url) from None
-        if info.st_uid not in (os.geteuid(), 0):
-            what = f"the peer runs as uid {info.st_uid}"
-            raise Error(Status.PERMISSION_DENIED, what, self.url)
-        if not os.access(self.path, os.W_OK):
-            raise SystemError("connect", errno.EACCES, self.url)
-
-    def _reclaim(self) -> None:
-        """Remove a dead server's socket; only under the lock, and only if it is ours."""
-        try:
-            info = os.stat(self.path, follow_symlinks=False)
-        except FileNotFoundError:
-            return
-        if not stat.S_ISSOCK(info.st_mode) or info.st_uid != os.geteuid():
-            what = "something that is not our socket is in the way"
-            raise Error(Status.ALREADY_EXISTS, what, self.path)
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            probe.setblocking(False)
-            if probe.connect_ex(self.path) != errno.ECONNREFUSED:
-                what = "another program listens on this socket"
-                raise Error(Status.ALREADY_EXISTS, what, self.path)
-        os.unlink(self.path)
 
 
 class GrpcTcp(Grpc):
