@@ -10,7 +10,6 @@
 #include <ipc_bridge/bridge.grpc.pb.h>
 
 using ipc_bridge::EchoReply, ipc_bridge::EchoRequest;
-
 class Service : public ipc_bridge::Bridge::Service {
     grpc::Status Echo(grpc::ServerContext*, const EchoRequest* request, EchoReply* reply) override {
         reply->set_payload(request->payload());
