@@ -19,7 +19,7 @@ BUILD = ROOT / os.environ.get("IPC_BRIDGE_BUILD_DIR", "build")
 SANITIZED = "sanitize" in str(BUILD)
 SLOW = 5.0 if SANITIZED else 1.0  # factor for every limit on time
 
-TRANSPORTS = ["pipe", "stdio", "unix", "tcp"]
+TRANSPORTS = ["pipe", "stdio", "unix", "tcp", "grpc+unix", "grpc+tcp"]
 LANGUAGES = ["cpp", "py"]
 PAIRINGS = [(client, server) for client in LANGUAGES for server in LANGUAGES]
 
@@ -45,6 +45,8 @@ def listen_url(transport: str, directory: Path) -> str:
         "pipe": f"pipe://{directory}/pipe",
         "unix": f"unix://{directory}/sock",
         "tcp": "tcp://127.0.0.1:0",
+        "grpc+unix": f"grpc+unix://{directory}/grpc",
+        "grpc+tcp": "grpc+tcp://127.0.0.1:0",
     }[transport]
 
 
@@ -223,6 +225,7 @@ class Peers:
         self.client_language, self.server_language = pairing
         self.directory = directory
         self.shares_server = transport != "stdio"  # may a second client reach the same server?
+        self.is_grpc = transport.startswith("grpc+")  # no frames of ours, no bytes' transport
         self.url = ""
         self.server: Server | None = None  # on stdio, each client has one of its own
         self._all: list[Process] = []

@@ -1,6 +1,7 @@
 // The one map from a URL to a transport. Whoever needs only one transport can do without it.
 //
 //     pipe:///dir            stdio:COMMAND WORDS        unix:///path        tcp://127.0.0.1:5000
+//     grpc+unix:///path      grpc+tcp://127.0.0.1:5000
 //
 // Options follow as a query: `?wait=block|spin|adaptive` everywhere, `?allow_remote=1` for tcp;
 // that of stdio stands before the command: `stdio:?wait=spin COMMAND WORDS`.
@@ -14,6 +15,7 @@
 #include <string>
 #include <string_view>
 #include <utility>
+#include <variant>
 #include <vector>
 
 #include <ipc_bridge/client.hpp>
@@ -21,6 +23,7 @@
 #include <ipc_bridge/server.hpp>
 #include <ipc_bridge/service.hpp>
 #include <ipc_bridge/system.hpp>
+#include <ipc_bridge/transports/grpc_rpc.hpp>
 #include <ipc_bridge/transports/pipe.hpp>
 #include <ipc_bridge/transports/stream_socket.hpp>
 
@@ -28,6 +31,17 @@ namespace ipc_bridge {
 namespace endpoint {
 
 using Options = std::map<std::string, std::string>;
+
+// What carries calls by sessions of its own, as gRPC does.
+class Sessions {
+  public:
+    virtual ~Sessions() = default;
+    virtual std::unique_ptr<Caller> connect(const ConnectOptions& options) = 0;
+    virtual std::unique_ptr<Callee> serve(Service service, const ServeOptions& options) = 0;
+};
+
+// A transport, whose bytes a session needs; or what has sessions of its own.
+using Way = std::variant<std::unique_ptr<Transport>, std::unique_ptr<Sessions>>;
 
 [[noreturn]] inline void refuse(const std::string& what, const std::string& url) {
     throw Error(Status::INVALID_ARGUMENT, what, url);
@@ -117,21 +131,14 @@ inline Parts split(const std::string& url) {
     return parts;
 }
 
-inline std::pair<std::string, Options> path_of(const std::string& url) {
-    const Parts parts = split(url);
+inline std::string path_of(const Parts& parts, const std::string& url) {
     if (!parts.authority.empty() || !parts.path.starts_with("/")) {
         refuse(parts.scheme + " takes an absolute path: " + parts.scheme + ":///path", url);
     }
-    return {parts.path, options_of(parts.query, {"wait"}, url)};
+    return parts.path;
 }
 
-inline std::unique_ptr<Transport> make_unix(const std::string& url) {
-    auto [path, options] = path_of(url);
-    return std::make_unique<Unix>(path, wait_of(options, url));
-}
-
-inline std::unique_ptr<Transport> make_tcp(const std::string& url) {
-    const Parts parts = split(url);
+inline std::pair<std::string, int> host_and_port_of(const Parts& parts, const std::string& url) {
     const auto colon = parts.authority.rfind(':');
     int port = -1;
     std::string host;
@@ -145,17 +152,30 @@ inline std::unique_ptr<Transport> make_tcp(const std::string& url) {
         }
     }
     if (host.empty() || port < 0 || (!parts.path.empty() && parts.path != "/")) {
-        refuse("tcp takes a host and a port", url);
+        refuse(parts.scheme + " takes a host and a port", url);
     }
+    return {host, port};
+}
+
+inline Way make_unix(const std::string& url) {
+    const Parts parts = split(url);
+    const Options options = options_of(parts.query, {"wait"}, url);
+    return std::make_unique<Unix>(path_of(parts, url), wait_of(options, url));
+}
+
+inline Way make_tcp(const std::string& url) {
+    const Parts parts = split(url);
+    const auto [host, port] = host_and_port_of(parts, url);
     const Options options = options_of(parts.query, {"wait", "allow_remote"}, url);
     return std::make_unique<Tcp>(
         host, port, wait_of(options, url), flag_of(options, "allow_remote", url)
     );
 }
 
-inline std::unique_ptr<Transport> make_pipe(const std::string& url) {
-    auto [path, options] = path_of(url);
-    return std::make_unique<Pipe>(path, wait_of(options, url));
+inline Way make_pipe(const std::string& url) {
+    const Parts parts = split(url);
+    const Options options = options_of(parts.query, {"wait"}, url);
+    return std::make_unique<Pipe>(path_of(parts, url), wait_of(options, url));
 }
 
 // A command line's words, quoted as a shell's are (POSIX 2.2: backslash, '...' and "...").
@@ -198,7 +218,7 @@ inline std::vector<std::string> words_of(std::string_view command, const std::st
 }
 
 // A command's words may hold any character, so the query stands before them, if at all.
-inline std::unique_ptr<Transport> make_stdio(const std::string& url) {
+inline Way make_stdio(const std::string& url) {
     std::string_view command = std::string_view(url).substr(std::string_view("stdio:").size());
     std::string_view query;
     if (command.starts_with("?")) {
@@ -210,36 +230,102 @@ inline std::unique_ptr<Transport> make_stdio(const std::string& url) {
     );
 }
 
+#ifdef IPC_BRIDGE_GRPC  // set by the target ipc_bridge::grpc
+class GrpcSessions : public Sessions {
+  public:
+    explicit GrpcSessions(std::unique_ptr<Grpc> grpc) : grpc_(std::move(grpc)) {}
+
+    std::unique_ptr<Caller> connect(const ConnectOptions& options) override {
+        return grpc_->connect(options);
+    }
+
+    std::unique_ptr<Callee> serve(Service service, const ServeOptions& options) override {
+        return grpc_->serve(std::move(service), options);
+    }
+
+  private:
+    std::unique_ptr<Grpc> grpc_;
+};
+
+// Sessions that wait in gRPC's own threads, which always block.
+inline void check_wait(const Options& options, const std::string& url) {
+    const auto found = options.find("wait");
+    if (found != options.end() && found->second != "block") {
+        refuse("gRPC waits in threads of its own: wait can only be block", url);
+    }
+}
+
+inline Way make_grpc_unix(const std::string& url) {
+    const Parts parts = split(url);
+    check_wait(options_of(parts.query, {"wait"}, url), url);
+    return std::make_unique<GrpcSessions>(std::make_unique<GrpcUnix>(path_of(parts, url)));
+}
+
+inline Way make_grpc_tcp(const std::string& url) {
+    const Parts parts = split(url);
+    const auto [host, port] = host_and_port_of(parts, url);
+    Options options =
+        options_of(parts.query, {"wait", "allow_remote", "ca", "cert", "key", "name"}, url);
+    check_wait(options, url);
+    const Keys keys{options["ca"], options["cert"], options["key"], options["name"]};
+    return std::make_unique<GrpcSessions>(
+        std::make_unique<GrpcTcp>(host, port, keys, flag_of(options, "allow_remote", url))
+    );
+}
+#else
+inline Way make_grpc_unix(const std::string& url) {
+    throw Error(Status::UNIMPLEMENTED, "this program was built without gRPC", url);
+}
+inline Way make_grpc_tcp(const std::string& url) {
+    return make_grpc_unix(url);
+}
+#endif
+
 struct Scheme {
     std::string_view name;
-    std::unique_ptr<Transport> (*make)(const std::string& url);
+    Way (*make)(const std::string& url);
 };
 inline constexpr Scheme schemes[] = {
     {"pipe", make_pipe},
     {"stdio", make_stdio},
     {"unix", make_unix},
     {"tcp", make_tcp},
+    {"grpc+unix", make_grpc_unix},
+    {"grpc+tcp", make_grpc_tcp},
 };
 
-}  // namespace endpoint
-
-// The transport that a URL names. Throws Error: INVALID_ARGUMENT.
-inline std::unique_ptr<Transport> make_transport(const std::string& url) {
+// What a URL leads to. Throws Error: INVALID_ARGUMENT.
+inline Way way_of(const std::string& url) {
     const auto colon = url.find(':');
     std::string known;
-    for (const endpoint::Scheme& scheme : endpoint::schemes) {
+    for (const Scheme& scheme : schemes) {
         if (colon != std::string::npos && scheme.name == std::string_view(url).substr(0, colon)) {
             return scheme.make(url);
         }
         known += (known.empty() ? "" : ", ") + std::string(scheme.name);
     }
-    endpoint::refuse("unknown scheme; known are " + known, url);
+    refuse("unknown scheme; known are " + known, url);
+}
+
+}  // namespace endpoint
+
+// The transport that a URL names. Throws Error: INVALID_ARGUMENT.
+inline std::unique_ptr<Transport> make_transport(const std::string& url) {
+    endpoint::Way way = endpoint::way_of(url);
+    if (auto* transport = std::get_if<std::unique_ptr<Transport>>(&way)) {
+        return std::move(*transport);
+    }
+    endpoint::refuse("this carries calls, not bytes", url);
 }
 
 // Reach the server at `url`, for a service of one's own; the options and errors are those of
 // Client.
 inline std::unique_ptr<Caller> dial(const std::string& url, const ConnectOptions& options = {}) {
-    return std::make_unique<Client>(*make_transport(url), options);
+    const endpoint::Way way = endpoint::way_of(url);
+    if (const auto* sessions = std::get_if<std::unique_ptr<endpoint::Sessions>>(&way)) {
+        return (*sessions)->connect(options);
+    }
+    return std::make_unique<Client>(*std::get<std::unique_ptr<Transport>>(way), options);
 }
 
 // As `dial`, for echo and stream.
@@ -248,14 +334,20 @@ inline Bridge connect(const std::string& url, const ConnectOptions& options = {}
 }
 
 // Become the server of `url`; `run` what it returns. The options and errors are those of Server.
-inline std::unique_ptr<Server> listen(
+inline std::unique_ptr<Callee> listen(
     const std::string& url, Service service, const ServeOptions& options = {}
 ) {
-    return std::make_unique<Server>(*make_transport(url), std::move(service), options);
+    const endpoint::Way way = endpoint::way_of(url);
+    if (const auto* sessions = std::get_if<std::unique_ptr<endpoint::Sessions>>(&way)) {
+        return (*sessions)->serve(std::move(service), options);
+    }
+    return std::make_unique<Server>(
+        *std::get<std::unique_ptr<Transport>>(way), std::move(service), options
+    );
 }
 
 // As `listen`; the service is echo and stream unless given.
-inline std::unique_ptr<Server> serve(
+inline std::unique_ptr<Callee> serve(
     const std::string& url, Service service = make_service(), const ServeOptions& options = {}
 ) {
     return listen(url, std::move(service), options);

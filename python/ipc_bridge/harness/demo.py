@@ -36,6 +36,7 @@ DURATION_S = 0.4  # of a measurement: enough for two digits, and twelve of them 
 DURATION_S_MIN = 0.001
 DURATION_S_MAX = 60.0
 WARMUP_PART = 4  # of the duration: connections, caches, clock frequencies
+SHORT_NAMES = {"grpc": "grpc+unix"}  # of what has a scheme for each kind of address
 STREAM_COUNT = 10_000
 STREAM_SIZE = "1KiB"
 
@@ -176,9 +177,10 @@ def parse(words: Sequence[str]) -> tuple[list[str], float]:
     found = parser.parse_args(words)
     if not found.TRANSPORT:
         raise CommandLineError(f"a transport is missing; known are {names}")
-    if found.TRANSPORT != "all" and found.TRANSPORT not in SCHEMES:
+    name = SHORT_NAMES.get(found.TRANSPORT, found.TRANSPORT)
+    if name != "all" and name not in SCHEMES:
         raise CommandLineError(f"unknown transport; known are {names}", found.TRANSPORT)
-    return list(SCHEMES) if found.TRANSPORT == "all" else [found.TRANSPORT], found.duration
+    return list(SCHEMES) if name == "all" else [name], found.duration
 
 
 def duration(text: str) -> float:

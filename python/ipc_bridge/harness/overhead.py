@@ -36,7 +36,7 @@ from ipc_bridge.harness.programs import (
 )
 from ipc_bridge.peer import SIZE, UNITS
 
-MECHANISMS = ("unix", "tcp", "pipe")
+MECHANISMS = ("unix", "tcp", "pipe", "grpc+unix", "grpc+tcp")
 SETUPS = (("spin", "cross-core"), ("block", "same-core"), ("block", "cross-core"))
 STREAM_PAIRINGS = (("cpp", "cpp"), ("py", "cpp"))  # client, server
 DURATION_S = 0.4
@@ -91,11 +91,14 @@ def cores(cell: Cell) -> tuple[int, int]:
 def bare_p50_ns(cell: Cell, size_bytes: int) -> float:
     """The bare program. Raises ProgramError."""
     client_core, server_core = cores(cell)
-    program = bare(cell.transport, cell.client)
+    is_grpc = cell.transport.startswith("grpc+")
+    program = bare("grpc_rpc" if is_grpc else cell.transport, cell.client)
     pings = max(PINGS_MIN, min(PINGS[cell.client], PING_BYTES // max(1, size_bytes)))
     message = [str(size_bytes), cell.wait]
     with private_directory() as directory:
         address = "0" if cell.transport == "tcp" else os.path.join(directory, "bare")
+        if is_grpc:  # which has targets, not paths or ports
+            address = "127.0.0.1:0" if cell.transport.endswith("tcp") else f"unix:{address}"
         with served([*program, "serve", address, *message], server_core) as address:
             out = run([*program, "ping", address, *message, str(pings)], client_core)
     match = re.search(r"p50_ns=(\d+)", out)
@@ -298,6 +301,7 @@ def overhead(words: Sequence[str]) -> int:
             for transport, language, (wait, placement) in itertools.product(
                 asked.transport or MECHANISMS, asked.language, SETUPS
             )
+            if wait == "block" or not transport.startswith("grpc+")
         ]
     step = stream_round if asked.stream else echo_round
     load = os.getloadavg()[0]

@@ -73,7 +73,7 @@ class UnixAddress:
         lock = Lock(self.path + ".lock")
         sock = socket.socket(socket.AF_UNIX, self._kind)
         try:
-            self._reclaim()
+            self.reclaim()
             with checked("bind", self.path):
                 os.fchmod(sock.fileno(), 0o600)  # the file is born with this mode
                 sock.bind(self.path)
@@ -84,7 +84,7 @@ class UnixAddress:
             lock.close()
             raise
 
-    def _reclaim(self) -> None:
+    def reclaim(self) -> None:
         """Remove a dead server's socket; only under the lock, and only if it is ours."""
         try:
             info = os.stat(self.path, follow_symlinks=False)

@@ -34,7 +34,7 @@ def usage(words: list[str]) -> str:
 
 @contextmanager
 def serving(words: list[str]) -> Iterator[str]:
-    """A server that is ready, and its address. It leaves with its client."""
+    """A server that is ready, and its address. (Some leave with their client, some never do.)"""
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as server:
         try:
             assert server.stdout is not None
@@ -43,9 +43,8 @@ def serving(words: list[str]) -> Iterator[str]:
             if word != "ready":
                 sys.exit(f"{shlex.join(words)} has not become ready")
             yield address
-            server.wait(PATIENCE_S)
         finally:
-            server.kill()
+            server.terminate()
 
 
 def ping(name: str, client: str, server: str) -> str:
