@@ -8,8 +8,19 @@
 // each other's paths; `grpc+tcp` serves other hosts only with keys (mutual TLS).
 //
 // The trap: by default gRPC reads ahead up to megabytes, and more on a fast link, so that a slow
-// reader hardly slows its producer: here the window is fixed. Others are remedied where they bite:
-// servers that share a port, proxies, channels that share a connection, reconnecting at leisure.
+// reader hardly slows its producer: here the window is fixed. A producer is at most that window,
+// and 256 KiB or an item, ahead (measured with 4 KiB items: 0 to 192 KiB). Others are remedied
+// where they bite: servers that share a port, proxies, channels that share a connection,
+// reconnecting at leisure.
+//
+// Keys: one's own CA signs a certificate for each side, with the server's host in subjectAltName.
+//     openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=ca
+//         -keyout ca.key -out ca.pem
+//     openssl req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=server
+//         -addext subjectAltName=DNS:HOST -keyout server.key -out server.csr
+//     openssl x509 -req -copy_extensions copy -in server.csr -CA ca.pem -CAkey ca.key
+//         -out server.pem
+// and the last two again for the client; then ?ca=ca.pem&cert=server.pem&key=server.key.
 //
 // gRPC is a session layer: this file gives the faces of Client and Server, not a Stream. Its source
 // is a file of its own, so that nobody else waits for gRPC's headers to compile.

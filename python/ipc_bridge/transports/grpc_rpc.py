@@ -8,8 +8,19 @@ Meeting: gRPC's own. On a Unix socket a lock beside the path comes first, for gR
 each other's paths; `grpc+tcp` serves other hosts only with keys (mutual TLS).
 
 The trap: by default gRPC reads ahead up to megabytes, and more on a fast link, so that a slow
-reader hardly slows its producer: here the window is fixed. Others are remedied where they bite:
-servers that share a port, proxies, channels that share a connection, reconnecting at leisure.
+reader hardly slows its producer: here the window is fixed. A producer is at most that window, and
+256 KiB or an item, ahead (measured with 4 KiB items: 0 to 192 KiB). Others are remedied where
+they bite: servers that share a port, proxies, channels that share a connection, reconnecting at
+leisure.
+
+Keys: one's own CA signs a certificate for each side, with the server's host in subjectAltName.
+    openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=ca
+        -keyout ca.key -out ca.pem
+    openssl req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=server
+        -addext subjectAltName=DNS:HOST -keyout server.key -out server.csr
+    openssl x509 -req -copy_extensions copy -in server.csr -CA ca.pem -CAkey ca.key
+        -out server.pem
+and the last two again for the client; then ?ca=ca.pem&cert=server.pem&key=server.key.
 
 gRPC is a session layer: this file gives the faces of Client and Server, not a Stream. Handlers run
 in a pool of threads, one for each call: a stream that takes long holds up nobody.
@@ -68,6 +79,7 @@ MESSAGE_EXTRA_BYTES = 64  # tags and sizes around a payload: more than any messa
 CONNECT_RETRY_MS = (100, 500)  # between attempts to reach a server; gRPC allows no less than 100
 KEEPALIVE_MS = 5000  # a host silent for twice as long has gone (a process's end shows at once)
 REQUEST_WINDOW_BYTES = 65535  # HTTP/2's default; a Unix socket's buffer has three times as much
+SIGNAL_LOOK_MS = 250  # a signal may come to a thread of gRPC's, which does not wake the main one
 EXTRA_CALLS_MAX = 64  # hellos, health checks and reflection at once
 HANDSHAKE_TIMEOUT_MS = 5000  # a stranger that says no HTTP/2 for so long is none of ours
 
@@ -516,7 +528,8 @@ class RpcServer:
         """Serve until `stop`; then let running calls end within the grace, and cut what is left."""
         poll = select.poll()
         poll.register(self._wakeup, select.POLLIN)
-        poll.poll()
+        while not poll.poll(SIGNAL_LOOK_MS):
+            pass
         self._drain()
 
     def stop(self) -> None:
