@@ -239,7 +239,7 @@ def test_without_grpcio_the_rest_works(place: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stderr == ""
-    what = "UNIMPLEMENTED: no module grpc: pip install 'ipc-bridge[grpc]', grpc+unix:///x\n"
+    what = "FAILED_PRECONDITION: grpc is missing: pip install 'ipc-bridge[grpc]', grpc+unix:///x\n"
     assert done.stdout == what
 
 

@@ -16,6 +16,7 @@ import pytest
 
 import ipc_bridge
 from ipc_bridge import CallError, Error, Service, Status, UsageError
+from ipc_bridge.server import Callee
 from ipc_bridge.system import NEVER, Wait, deadline_after, now_ns
 from ipc_bridge.transports.pipe import StdioListener
 from support import SLOW, children, listen_url, wait_until
@@ -26,7 +27,7 @@ over_transports = pytest.mark.parametrize("transport", TRANSPORTS)
 
 
 @contextlib.contextmanager
-def running(url: str, service: Service | None = None) -> Iterator[ipc_bridge.Server]:
+def running(url: str, service: Service | None = None) -> Iterator[Callee]:
     """A server that runs in a thread, which must end."""
     with ipc_bridge.serve(url, service) as server:
         thread = threading.Thread(target=server.run, daemon=True)
@@ -126,7 +127,7 @@ MONTH_S = 40 * 24 * 3600.0  # more milliseconds than an int has
 def test_a_deadline_in_a_month(transport: str, wait: Wait, runtime: Path) -> None:
     """poll(2) takes milliseconds in an int: both sides sleep in several parts."""
     service = ipc_bridge.make_service()
-    service.unary(10, lambda call, request: call.sleep(0.2) or b"slept")  # type: ignore[func-returns-value]
+    service.unary(10, lambda call, request: call.sleep(0.2) or b"slept")
     with (
         running(f"{listen_url(transport, runtime)}?wait={wait}", service) as server,
         ipc_bridge.connect(f"{server.url}?wait={wait}", timeout=MONTH_S) as bridge,

@@ -295,9 +295,9 @@ def _grpc_rpc(url: str) -> Any:
     except ImportError as error:
         if (error.name or "").partition(".")[0] not in ("grpc", "grpc_health", "grpc_reflection"):
             what = f"the generated code is missing or of no use ({error}); run `make build`"
-            raise Error(Status.UNIMPLEMENTED, what, url) from None
-        what = f"no module {error.name}: pip install 'ipc-bridge[grpc]'"
-        raise Error(Status.UNIMPLEMENTED, what, url) from None
+            raise Error(Status.FAILED_PRECONDITION, what, url) from None
+        what = f"{error.name} is missing: pip install 'ipc-bridge[grpc]'"
+        raise Error(Status.FAILED_PRECONDITION, what, url) from None
     except (AttributeError, RuntimeError, TypeError) as error:  # what gencode raises, by its age
         what = f"generated code and installed libraries do not match: {error}".splitlines()[0]
         raise Error(Status.FAILED_PRECONDITION, what, url) from None

@@ -489,7 +489,8 @@ class Callee(Protocol):
         """From any thread, or a signal handler: make `run` return."""
 
     def close(self) -> None:
-        """Stop listening, and remove the address. Idempotent; `run` ends with it."""
+        """Stop listening, and remove the address. From any thread: a `run` under way is told to
+        `stop`, and does it. Idempotent."""
 
     def __enter__(self) -> Self: ...
 

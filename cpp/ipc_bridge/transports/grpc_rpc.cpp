@@ -1,10 +1,11 @@
 // The source of grpc_rpc.hpp.
 //
-// Which API, and why (64 bytes, gRPC 1.51): a client's thread that waits for its answer polls the
-// socket itself in the synchronous API, which the callback API leaves to threads of its own: 10 to
-// 20% of an echo. For a server the callback API is the faster one: 15% of an echo, and twice the
-// items a second, as the next write needs no thread to be woken. Its threads are few and must not
-// be blocked, so that of all handlers only one at a time runs there; the others have a thread.
+// Which API, and why (gRPC 1.51): a client's thread that waits for its answer polls the socket
+// itself in the synchronous API; the callback API leaves that to threads of its own, which have to
+// wake it. For a server it is the other way round: in the callback API the thread that read a
+// request can answer it, and the next write of a stream needs no thread to be woken. Its threads
+// are few and must not be blocked, so that of all handlers only one at a time runs there; the
+// others have a thread.
 #include <netdb.h>
 #include <netinet/in.h>
 #include <pthread.h>
@@ -24,6 +25,7 @@
 #include <fstream>
 #include <functional>
 #include <iterator>
+#include <limits>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -54,7 +56,7 @@ constexpr std::uint16_t stream_method = 2;
 // The metadata that tells a client's max_payload (bridge.proto).
 const std::string max_payload_key = "ipc-bridge-max-payload";
 // Tags and sizes around a payload: more than any message here has.
-constexpr int message_extra_bytes = 64;
+constexpr std::int64_t message_extra_bytes = 64;
 // Between attempts to reach a server; gRPC allows no less than 100.
 constexpr int connect_retry_ms_min = 100;
 constexpr int connect_retry_ms_max = 500;
@@ -70,6 +72,12 @@ constexpr std::size_t queue_bytes_max = 64U << 10;
 constexpr std::size_t item_extra_bytes = 64;
 // Buffers that a client keeps from call to call; larger ones are given back.
 constexpr std::size_t keep_bytes_max = 1U << 20;
+
+// The largest message for a payload; gRPC takes an int, and protobuf makes none that is larger.
+int message_bytes(std::uint32_t payload_bytes) {
+    constexpr std::int64_t limit = std::numeric_limits<int>::max();
+    return static_cast<int>(std::min(payload_bytes + message_extra_bytes, limit));
+}
 
 std::chrono::steady_clock::time_point time_point_of(std::int64_t ns) {
     return std::chrono::steady_clock::time_point(std::chrono::nanoseconds(ns));
@@ -118,10 +126,9 @@ class RpcClient : public Caller {
         const ConnectOptions& options
     )
         : url_(std::move(url)), payload_bytes_max_(options.payload_bytes_max) {
+        ServerSession(options.window_bytes, options.payload_bytes_max);  // a bad option shows now
         arguments.SetInt(GRPC_ARG_MAX_SEND_MESSAGE_LENGTH, -1);
-        arguments.SetMaxReceiveMessageSize(
-            static_cast<int>(options.payload_bytes_max) + message_extra_bytes
-        );
+        arguments.SetMaxReceiveMessageSize(message_bytes(options.payload_bytes_max));
         // The window of a stream: fixed, else it grows with the link's speed.
         arguments.SetInt(
             GRPC_ARG_HTTP2_STREAM_LOOKAHEAD_BYTES, static_cast<int>(options.window_bytes)
@@ -722,6 +729,7 @@ class RpcServer : public Callee {
     )
         : rooms_(std::make_shared<Rooms>(std::move(service), options)),
           cleanup_(std::move(cleanup)) {
+        ServerSession(options.window_bytes, options.payload_bytes_max);  // a bad option shows now
         // Health checking and reflection, as gRPC's own tools expect them.
         grpc::EnableDefaultHealthCheckService(true);
         grpc::reflection::InitProtoReflectionServerBuilderPlugin();
@@ -743,9 +751,7 @@ class RpcServer : public Callee {
             GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS, keepalive_ms / 2
         );
         builder.SetMaxSendMessageSize(-1);
-        builder.SetMaxReceiveMessageSize(
-            static_cast<int>(options.payload_bytes_max) + message_extra_bytes
-        );
+        builder.SetMaxReceiveMessageSize(message_bytes(options.payload_bytes_max));
         builder.RegisterService(&rooms_->bridge);
         rooms_->server = builder.BuildAndStart();
         if (!rooms_->server && has_keys) {
@@ -762,26 +768,41 @@ class RpcServer : public Callee {
     ~RpcServer() override { close(); }
 
     void run() override {
+        {
+            const std::lock_guard lock(mutex_);
+            if (closed_) {
+                return;
+            }
+            running_ = true;
+        }
         pollfd stopped{wakeup_.fileno(), POLLIN, 0};
         sleep_until_ready({&stopped, 1}, never);
-        close();
+        drain();
     }
 
     void stop() override { wakeup_.set(); }
 
     void close() override {
-        if (std::exchange(closed_, true)) {
-            return;
+        {
+            const std::lock_guard lock(mutex_);
+            if (running_) {
+                wakeup_.set();
+                return;
+            }
         }
-        wakeup_.set();
         drain();
-        cleanup_();
     }
 
   private:
     // gRPC refuses new calls from now on. Running ones may end within the grace, then they are cut;
     // a handler that goes on regardless is left behind with all that it uses.
     void drain() {
+        {
+            const std::lock_guard lock(mutex_);
+            if (std::exchange(closed_, true)) {
+                return;
+            }
+        }
         Shared& shared = rooms_->shared;
         rooms_->server->GetHealthCheckService()->Shutdown();
         const auto ended = std::make_shared<std::atomic<bool>>(false);
@@ -808,11 +829,14 @@ class RpcServer : public Callee {
             }
             shared.changed.wait_for(lock, std::chrono::duration<double>(2 * cut_s), has_ended);
         }
+        cleanup_();
     }
 
     std::shared_ptr<Rooms> rooms_;
     std::function<void()> cleanup_;
     Wakeup wakeup_;
+    std::mutex mutex_;
+    bool running_ = false;  // then `run` drains
     bool closed_ = false;
 };
 

@@ -65,7 +65,7 @@ from ipc_bridge.bridge_pb2 import (
 )
 from ipc_bridge.bridge_pb2_grpc import BridgeServicer, BridgeStub, add_BridgeServicer_to_server
 from ipc_bridge.errors import MESSAGE_BYTES_MAX, CallError, Error, Status, UsageError
-from ipc_bridge.frame import Buffer
+from ipc_bridge.frame import Batch, Buffer
 from ipc_bridge.server import CUT_S, REASONS, Call, Pause, Service
 from ipc_bridge.session import WINDOW_BYTES, ServerSession
 from ipc_bridge.system import NEVER, TIMEOUT_S_MAX, Lock, Wakeup, checked, deadline_after, now_ns
@@ -86,6 +86,11 @@ HANDSHAKE_TIMEOUT_MS = 5000  # a stranger that says no HTTP/2 for so long is non
 log = logging.getLogger("ipc_bridge")
 
 Arguments = list[tuple[str, int | str]]
+
+
+def _message_bytes(payload_bytes: int) -> int:
+    """The largest message for a payload; gRPC takes an int, and protobuf makes none larger."""
+    return min(payload_bytes + MESSAGE_EXTRA_BYTES, 0x7FFFFFFF)
 
 
 class Keys(NamedTuple):
@@ -130,7 +135,7 @@ class RpcClient:
         arguments = [
             *arguments,
             ("grpc.max_send_message_length", -1),
-            ("grpc.max_receive_message_length", payload_bytes_max + MESSAGE_EXTRA_BYTES),
+            ("grpc.max_receive_message_length", _message_bytes(payload_bytes_max)),
             # The window of a stream: fixed, else it grows with the link's speed.
             ("grpc.http2.lookahead_bytes", window_bytes),
             ("grpc.http2.bdp_probe", 0),
@@ -261,6 +266,10 @@ class RpcItems:
         except grpc.RpcError as error:
             self.is_open = False
             raise self._caller.error_of(error) from None
+
+    def batches(self) -> Iterator[Batch]:
+        """As Items.batches; an item each, for gRPC does not tell how many are here."""
+        return map(Batch.of_one, self._cancelling())
 
     def close(self) -> None:
         """Cancel the call unless it has ended. Idempotent."""
@@ -483,7 +492,9 @@ class RpcServer:
         ServerSession(WINDOW_BYTES, payload_bytes_max)  # a bad option is an error now
         self._grace_s = grace_s
         self._cleanup = cleanup
+        self._lock = threading.RLock()  # a signal's handler may interrupt who holds it
         self._wakeup = Wakeup()
+        self._running = False  # then `run` drains
         self._closed = False
         self._servicer = RpcServicer(service, payload_bytes_max, clients_max)
         # A thread for each call that may run: none ever waits in line behind a stream.
@@ -504,7 +515,7 @@ class RpcServer:
                 ("grpc.http2.lookahead_bytes", REQUEST_WINDOW_BYTES),
                 ("grpc.http2.bdp_probe", 0),
                 ("grpc.max_send_message_length", -1),
-                ("grpc.max_receive_message_length", payload_bytes_max + MESSAGE_EXTRA_BYTES),
+                ("grpc.max_receive_message_length", _message_bytes(payload_bytes_max)),
             ],
             maximum_concurrent_rpcs=threads_max,
         )
@@ -526,19 +537,30 @@ class RpcServer:
 
     def run(self) -> None:
         """Serve until `stop`; then let running calls end within the grace, and cut what is left."""
-        poll = select.poll()
-        poll.register(self._wakeup, select.POLLIN)
-        while not poll.poll(SIGNAL_LOOK_MS):
-            pass
-        self._drain()
+        with self._lock:
+            if self._closed:
+                return
+            self._running = True
+        try:
+            poll = select.poll()
+            poll.register(self._wakeup, select.POLLIN)
+            while not poll.poll(SIGNAL_LOOK_MS):
+                pass
+        finally:
+            self._drain()
 
     def stop(self) -> None:
         """From any thread, or a signal handler: make `run` return."""
-        self._wakeup.set()
+        with self._lock:  # else it might be closed meanwhile
+            self._wakeup.set()
 
     def close(self) -> None:
-        """Stop listening, and remove the address. Idempotent; `run` ends with it."""
-        self.stop()
+        """Stop listening, and remove the address. From any thread: a `run` under way is told to
+        `stop`, and does it. Idempotent."""
+        with self._lock:
+            if self._running:
+                self._wakeup.set()
+                return
         self._drain()
 
     def __enter__(self) -> Self:
@@ -555,9 +577,10 @@ class RpcServer:
     def _drain(self) -> None:
         """gRPC refuses new calls from now on. A handler that goes on after the grace, although its
         call is cut, is left behind."""
-        if self._closed:
-            return
-        self._closed = True
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
         self._health.enter_graceful_shutdown()
         ended = self._server.stop(self._grace_s + CUT_S)
         if not ended.wait(self._grace_s):
@@ -565,7 +588,8 @@ class RpcServer:
                 call.cancel(Status.UNAVAILABLE)
             ended.wait(2 * CUT_S)
         self._cleanup()
-        self._wakeup.close()
+        with self._lock:
+            self._wakeup.close()
 
 
 def _tell_about(server: grpc.Server) -> health.HealthServicer:
