@@ -185,12 +185,13 @@ class RpcClient:
     def call(self, method: int, payload: Buffer = b"", timeout: float | None = None) -> memoryview:
         """As Client.call; but the connection lives also after UNAVAILABLE, as gRPC connects again,
         and after a deadline met while the request was still being sent."""
-        timeout = self._prepare(payload, timeout)
+        request = _bytes_of(payload)
+        timeout = self._prepare(len(request), timeout)
         try:
             if method == ECHO:
-                request = EchoRequest(payload=bytes(payload))
-                return memoryview(self._echo(request, timeout, self._metadata).payload)
-            asked = CallRequest(method=method, payload=bytes(payload))
+                echo = EchoRequest(payload=request)
+                return memoryview(self._echo(echo, timeout, self._metadata).payload)
+            asked = CallRequest(method=method, payload=request)
             return memoryview(self._call(asked, timeout, self._metadata).payload)
         except grpc.RpcError as error:
             raise self.error_of(error) from None
@@ -199,13 +200,14 @@ class RpcClient:
         self, method: int, payload: Buffer = b"", timeout: float | None = None
     ) -> "RpcItems":
         """As Client.call_stream."""
-        timeout = self._prepare(payload, timeout)
-        asked = _stream_request(payload) if method == STREAM else None
+        request = _bytes_of(payload)
+        timeout = self._prepare(len(request), timeout)
+        asked = _stream_request(request) if method == STREAM else None
         if asked is not None:
             responses = self._stream(asked, timeout, self._metadata)
         else:
-            request = CallRequest(method=method, payload=bytes(payload))
-            responses = self._call_stream(request, timeout, self._metadata)
+            by_number = CallRequest(method=method, payload=request)
+            responses = self._call_stream(by_number, timeout, self._metadata)
         self._items = RpcItems(self, responses)
         return self._items
 
@@ -215,7 +217,7 @@ class RpcClient:
         if self._forks == Forks.count:
             self._channel.close()
 
-    def _prepare(self, payload: Buffer, timeout: float | None) -> float | None:
+    def _prepare(self, size: int, timeout: float | None) -> float | None:
         """What is checked before any call; the timeout for gRPC. Raises as Client.call."""
         if timeout is not None:
             if timeout <= 0:
@@ -230,7 +232,6 @@ class RpcClient:
             raise UsageError(Status.FAILED_PRECONDITION, what, self.url)
         if self._closed:
             raise CallError(Status.UNAVAILABLE, "the connection is closed", self.url)
-        size = len(payload)
         if size > self._peer_payload_bytes_max:
             what = f"payload of {size} bytes, the server takes {self._peer_payload_bytes_max}"
             raise UsageError(Status.RESOURCE_EXHAUSTED, what, self.url)
@@ -293,11 +294,16 @@ class RpcItems:
             self.close()
 
 
-def _stream_request(payload: Buffer) -> StreamRequest | None:
+def _bytes_of(payload: Buffer) -> bytes:
+    """A payload for protobuf. Raises TypeError for what is no bytes."""
+    return payload if type(payload) is bytes else bytes(memoryview(payload))
+
+
+def _stream_request(payload: bytes) -> StreamRequest | None:
     """None: it is none, and the server will say so."""
     asked = StreamRequest()
     try:
-        asked.ParseFromString(bytes(payload))
+        asked.ParseFromString(payload)
     except Exception:
         return None
     return asked
@@ -355,12 +361,17 @@ class RpcCall(Call):
         if self._over is not None:
             self._over.set()
 
-    def check_size(self, size: int) -> None:
-        """Raises Error: RESOURCE_EXHAUSTED if the client takes no payload of that size."""
-        size_max = self.peer_payload_bytes_max
+    def checked(self, payload: Buffer) -> bytes:
+        """What a handler gave, for protobuf. Raises Error: RESOURCE_EXHAUSTED if the client takes
+        no payload of that size; TypeError for what is no bytes, or a view of wider elements."""
+        size, size_max = len(payload), self.peer_payload_bytes_max
         if size > size_max:
             what = f"payload of {size} bytes, the client takes {size_max}"
             raise Error(Status.RESOURCE_EXHAUSTED, what)
+        out = b"" + payload  # no copy of bytes
+        if len(out) != size:
+            raise TypeError(frame.WIDE)
+        return out
 
     def end(self, status: Status, message: str) -> NoReturn:
         """End the call with another status than OK."""
@@ -407,14 +418,13 @@ class RpcServicer(BridgeServicer):
         """A unary call."""
         call = self._enter(context, request)
         try:
-            reply = self._service.find_unary(method)(call, memoryview(request))
-            call.check_size(len(reply))
+            reply = call.checked(self._service.find_unary(method)(call, memoryview(request)))
         except Exception as error:
             self._fail(call, error)
         finally:
             del self.running[call]
         self._check_reason(call)
-        return bytes(reply)
+        return reply
 
     def _produce(
         self, context: grpc.ServicerContext, method: int, request: bytes
@@ -425,13 +435,12 @@ class RpcServicer(BridgeServicer):
         try:
             items = iter(self._service.find_streaming(method)(call, memoryview(request)))
             for item in items:
-                if call.reason() != Status.OK:
+                if item is None or call.reason() != Status.OK:
                     break
                 if isinstance(item, Pause):
                     call.sleep_until(item.until_ns)
                     continue
-                call.check_size(len(item))
-                yield StreamItem(payload=bytes(item))
+                yield StreamItem(payload=call.checked(item))
         except Exception as error:
             self._fail(call, error)
         finally:
