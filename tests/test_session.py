@@ -744,8 +744,9 @@ class TwoSessions(RuleBasedStateMachine):
     @precondition(lambda self: self.to_server and self.server_may_read())
     @rule(most=st.sampled_from([1, 5, 16, 40, 1 << 20]), lane=st.booleans())
     def server_reads(self, most: int, lane: bool) -> None:
-        space = self.server.decoder.fresh_space() if lane else None
-        if space is not None and self.server.state == State.IDLE:
+        on_lane = lane and self.server.state == State.IDLE  # else it would free a held request
+        space = self.server.decoder.fresh_space() if on_lane else None
+        if space is not None:
             count = min(len(space), len(self.to_server), most)
             space[:count] = self.to_server[:count]
             self.to_server = self.to_server[count:]

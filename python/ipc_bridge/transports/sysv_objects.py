@@ -141,6 +141,7 @@ class Watcher:
         """Nothing is left to watch: end the thread."""
         self._poke.set()
         self._thread.join()
+        self._close()
 
     def _run(self) -> None:
         while True:
@@ -156,11 +157,15 @@ class Watcher:
                     one.wake_ns = NEVER
                     one.on_time()
                 if not self.all:
-                    self._epoll.close()
-                    self._poke.close()
                     global _watcher
-                    _watcher = None if _watcher is self else _watcher
+                    if _watcher is self:  # nobody joins
+                        _watcher = None
+                        self._close()
                     return
+
+    def _close(self) -> None:
+        self._epoll.close()
+        self._poke.close()
 
     def _first_ns(self) -> int:
         return min((one.wake_ns for one in list(self.all)), default=NEVER)
