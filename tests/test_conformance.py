@@ -26,7 +26,7 @@ from support import (
 MIB = 1 << 20
 LATE_S = 0.25 * SLOW  # what an answer may come late: 100 ms, and a busy machine with two cores
 ITEM_BYTES = 4096 + 16  # of method 16, with its header
-GRPC_AHEAD_BYTES = 4 * 65536  # beyond the window, as grpc_rpc says
+GRPC_AHEAD_BYTES = 8 * 65536  # beyond the window, as grpc_rpc says
 
 only_shared = pytest.mark.parametrize(
     "transport", [name for name in TRANSPORTS if name != "stdio"], indirect=True

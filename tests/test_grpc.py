@@ -557,6 +557,33 @@ def serving(url: str, service: Service) -> Iterator[str]:
     assert not thread.is_alive()
 
 
+STUCK = """
+import signal, sys, time, ipc_bridge
+service = ipc_bridge.Service()
+service.unary(7, lambda call, request: time.sleep(60.0))
+with ipc_bridge.serve(sys.argv[1], service, grace_s=0.1) as up:
+    signal.signal(signal.SIGTERM, lambda *_: up.stop())
+    print("ready", flush=True)
+    up.run()
+"""
+
+
+def test_a_handler_that_goes_on_does_not_hold_up_the_end(place: Path) -> None:
+    """Row 32: it is left behind, and the program ends."""
+    url = f"grpc+unix://{place}/g"
+    words = [sys.executable, "-c", STUCK, url]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            with connect(url) as bridge:
+                expire(bridge)
+            process.terminate()
+            assert process.wait(5.0 * SEEN_S) == 0
+        finally:
+            process.kill()
+
+
 @of_servers
 def test_one_call_too_many(server: str, place: Path) -> None:
     with (

@@ -9,7 +9,7 @@
 //
 // The trap: by default gRPC reads ahead up to megabytes, and more on a fast link, so that a slow
 // reader hardly slows its producer: here the window is fixed. A producer is at most that window,
-// and 256 KiB or an item, ahead (measured with 4 KiB items: 0 to 192 KiB). Others are remedied
+// and 512 KiB or an item, ahead (measured with 4 KiB items: 0 to 256 KiB). Others are remedied
 // where they bite: servers that share a port, proxies, channels that share a connection,
 // reconnecting at leisure.
 //

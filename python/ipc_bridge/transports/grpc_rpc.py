@@ -9,7 +9,7 @@ each other's paths; `grpc+tcp` serves other hosts only with keys (mutual TLS).
 
 The trap: by default gRPC reads ahead up to megabytes, and more on a fast link, so that a slow
 reader hardly slows its producer: here the window is fixed. A producer is at most that window, and
-256 KiB or an item, ahead (measured with 4 KiB items: 0 to 192 KiB). Others are remedied where
+512 KiB or an item, ahead (measured with 4 KiB items: 0 to 256 KiB). Others are remedied where
 they bite: servers that share a port, proxies, channels that share a connection, reconnecting at
 leisure.
 
@@ -38,7 +38,8 @@ import socket
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, NamedTuple, NoReturn, Self
 from urllib.parse import quote
@@ -147,8 +148,7 @@ class RpcClient:
             ("grpc.enable_channelz", 0),
             ("grpc.initial_reconnect_backoff_ms", CONNECT_RETRY_MS[0]),
             ("grpc.max_reconnect_backoff_ms", CONNECT_RETRY_MS[1]),
-            # The thread that reads a stream polls for it, which otherwise another one does for it.
-            ("SingleThreadedUnaryStream", 1),
+            # (Not SingleThreadedUnaryStream, which never gives back a stream that is left early.)
         ]
         self._channel = (
             grpc.secure_channel(target, credentials, arguments)
@@ -473,6 +473,48 @@ class RpcServicer(BridgeServicer):
         call.end(Status.INTERNAL, str(error) or type(error).__name__)
 
 
+class Threads(Executor):
+    """A pool whose threads are daemons, as those of Server are: ThreadPoolExecutor's hold up the
+    end of the program for as long as a handler goes on. (gRPC bounds what it submits.)"""
+
+    def __init__(self) -> None:
+        self._tasks: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._idle = threading.Semaphore(0)  # threads that no task is meant for
+        self._count = 0
+        self._closed = False
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Run it in a thread that is idle, or in a new one. Raises RuntimeError after `shutdown`,
+        or if there is no further thread."""
+        if self._closed:
+            raise RuntimeError("the pool is shut down")
+        future: Future[Any] = Future()
+
+        def task() -> None:
+            try:
+                future.set_result(fn(*args, **kwargs))
+            except BaseException as error:
+                future.set_exception(error)
+
+        if not self._idle.acquire(blocking=False):
+            threading.Thread(target=self._work, name="grpc", daemon=True).start()
+            self._count += 1
+        self._tasks.put(task)
+        return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Let the threads end, each with its task; wait for none."""
+        self._closed = True
+        for _ in range(self._count):
+            self._tasks.put(None)
+
+    def _work(self) -> None:
+        while (task := self._tasks.get()) is not None:
+            task()
+            del task  # it holds the call, and this may be the last one for long
+            self._idle.release()
+
+
 def _close(items: Any) -> None:
     close = getattr(items, "close", None)
     if close is not None:
@@ -508,8 +550,9 @@ class RpcServer:
         self._servicer = RpcServicer(service, payload_bytes_max, clients_max)
         # A thread for each call that may run: none ever waits in line behind a stream.
         threads_max = clients_max + EXTRA_CALLS_MAX
+        self._threads = Threads()
         self._server = grpc.server(
-            ThreadPoolExecutor(threads_max, "grpc"),
+            self._threads,  # type: ignore[arg-type]  # any Executor will do
             options=[
                 ("grpc.so_reuseport", 0),
                 ("grpc.enable_channelz", 0),
@@ -596,6 +639,7 @@ class RpcServer:
             for call in list(self._servicer.running):
                 call.cancel(Status.UNAVAILABLE)
             ended.wait(2 * CUT_S)
+        self._threads.shutdown()
         self._cleanup()
         with self._lock:
             self._wakeup.close()
