@@ -335,8 +335,11 @@ class Arguments {
             throw CommandLineError("one word too many", extra.front());
         }
         try {
-            make_transport(url);
+            endpoint::way_of(url);
         } catch (const Error& error) {
+            if (error.status != Status::INVALID_ARGUMENT) {  // a library that is missing
+                throw;
+            }
             throw CommandLineError(error.message, error.where);
         }
         window_bytes =
@@ -591,7 +594,7 @@ class StopSignals {
     }
 
     // The server to stop; at once if a signal came while it was starting.
-    void watch(Server& running) {
+    void watch(Callee& running) {
         thread_ = std::thread([this, &running] {
             await();
             if (!done_) {
@@ -661,7 +664,7 @@ int run_serve(const Arguments& arguments) {
     options.grace_s = arguments.number("--grace", 0, number_max, grace_s_default);
     options.window_bytes = arguments.window_bytes;
     options.payload_bytes_max = arguments.payload_bytes_max;
-    std::unique_ptr<Server> running;  // outlives the thread of the signals
+    std::unique_ptr<Callee> running;  // outlives the thread of the signals
     StopSignals signals;
     running = serve(arguments.url, make_service(), options);
     signals.watch(*running);

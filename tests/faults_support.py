@@ -38,6 +38,10 @@ WINDOW_BYTES = 4 * MIB
 AS_NOBODY = f"""
 import os, sys
 from ipc_bridge import peer
+try:
+    from ipc_bridge.transports import grpc_rpc
+except ImportError:
+    pass
 os.setgroups([])
 os.setresgid({NOBODY}, {NOBODY}, {NOBODY})
 os.setresuid({NOBODY}, {NOBODY}, {NOBODY})

@@ -22,6 +22,7 @@ SLOW = 5.0 if SANITIZED else 1.0  # factor for every limit on time
 
 TRANSPORTS = ["pipe", "stdio", "unix", "tcp", "shm"]
 TRANSPORTS += ["sysv-queue", "sysv-shm", "zmq+ipc", "zmq+tcp"]
+TRANSPORTS += ["grpc+unix", "grpc+tcp"]
 LANGUAGES = ["cpp", "py"]
 PAIRINGS = [(client, server) for client in LANGUAGES for server in LANGUAGES]
 
@@ -52,6 +53,8 @@ def listen_url(transport: str, directory: Path) -> str:
         "zmq+tcp": "zmq+tcp://127.0.0.1:0",
         "sysv-queue": f"sysv-queue://{directory}/queue",
         "sysv-shm": f"sysv-shm://{directory}/shm",
+        "grpc+unix": f"grpc+unix://{directory}/grpc",
+        "grpc+tcp": "grpc+tcp://127.0.0.1:0",
     }[transport]
 
 
@@ -248,6 +251,7 @@ class Peers:
         self.client_language, self.server_language = pairing
         self.directory = directory
         self.shares_server = transport != "stdio"  # may a second client reach the same server?
+        self.is_grpc = transport.startswith("grpc+")  # no frames of ours, no bytes' transport
         self.url = ""
         self.server: Server | None = None  # on stdio, each client has one of its own
         self._all: list[Process] = []

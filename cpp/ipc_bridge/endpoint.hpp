@@ -3,10 +3,12 @@
 //     pipe:///dir            stdio:COMMAND WORDS        unix:///path        tcp://127.0.0.1:5000
 //     shm:///path            sysv-queue:///path     sysv-shm:///path
 //     zmq+ipc:///path        zmq+tcp://127.0.0.1:5000
+//     grpc+unix:///path      grpc+tcp://127.0.0.1:5000
 //
-// Options follow as a query: `?wait=block|spin|adaptive` everywhere (zmq has no spin),
-// `?allow_remote=1` for what ends in tcp, `?curve=FILE` for zmq; that of stdio stands before the
-// command: `stdio:?wait=spin COMMAND WORDS`.
+// Options follow as a query: `?wait=block|spin|adaptive` everywhere (zmq has no spin, grpc
+// only blocks), `?allow_remote=1` for what ends in tcp, `?curve=FILE` for zmq, `?ca=FILE&cert=FILE&
+// key=FILE&name=NAME` for grpc+tcp; that of stdio stands before the command: `stdio:?wait=spin
+// COMMAND WORDS`.
 #pragma once
 
 #include <algorithm>
@@ -18,6 +20,7 @@
 #include <string>
 #include <string_view>
 #include <utility>
+#include <variant>
 #include <vector>
 
 #include <ipc_bridge/client.hpp>
@@ -25,6 +28,7 @@
 #include <ipc_bridge/server.hpp>
 #include <ipc_bridge/service.hpp>
 #include <ipc_bridge/system.hpp>
+#include <ipc_bridge/transports/grpc_rpc.hpp>
 #include <ipc_bridge/transports/pipe.hpp>
 #include <ipc_bridge/transports/shm_ring.hpp>
 #include <ipc_bridge/transports/stream_socket.hpp>
@@ -36,6 +40,17 @@ namespace ipc_bridge {
 namespace endpoint {
 
 using Options = std::map<std::string, std::string>;
+
+// What carries calls by sessions of its own, as gRPC does.
+class Sessions {
+  public:
+    virtual ~Sessions() = default;
+    virtual std::unique_ptr<Caller> connect(const ConnectOptions& options) = 0;
+    virtual std::unique_ptr<Callee> serve(Service service, const ServeOptions& options) = 0;
+};
+
+// A transport, whose bytes a session needs; or what has sessions of its own.
+using Way = std::variant<std::unique_ptr<Transport>, std::unique_ptr<Sessions>>;
 
 [[noreturn]] inline void refuse(const std::string& what, const std::string& url) {
     throw Error(Status::INVALID_ARGUMENT, what, url);
@@ -139,12 +154,12 @@ inline std::pair<std::string, Options> path_of(
     return {parts.path, options_of(parts.query, known, url)};
 }
 
-inline std::unique_ptr<Transport> make_unix(const std::string& url) {
+inline Way make_unix(const std::string& url) {
     auto [path, options] = path_of(url, {"wait"});
     return std::make_unique<Unix>(path, wait_of(options, url));
 }
 
-inline std::unique_ptr<Transport> make_shm(const std::string& url) {
+inline Way make_shm(const std::string& url) {
     auto [path, options] = path_of(url, {"wait"});
     return std::make_unique<Shm>(path, wait_of(options, url));
 }
@@ -177,19 +192,19 @@ inline Host host_of(const std::string& url, std::initializer_list<std::string_vi
     return {host, static_cast<int>(port), options_of(parts.query, known, url)};
 }
 
-inline std::unique_ptr<Transport> make_tcp(const std::string& url) {
+inline Way make_tcp(const std::string& url) {
     const Host host = host_of(url, {"wait", "allow_remote"});
     return std::make_unique<Tcp>(
         host.name, host.port, wait_of(host.options, url), flag_of(host.options, "allow_remote", url)
     );
 }
 
-inline std::unique_ptr<Transport> make_zmq_ipc(const std::string& url) {
+inline Way make_zmq_ipc(const std::string& url) {
     auto [path, options] = path_of(url, {"wait", "curve"});
     return std::make_unique<ZmqIpc>(path, wait_of(options, url), options["curve"]);
 }
 
-inline std::unique_ptr<Transport> make_zmq_tcp(const std::string& url) {
+inline Way make_zmq_tcp(const std::string& url) {
     Host host = host_of(url, {"wait", "curve", "allow_remote"});
     return std::make_unique<ZmqTcp>(
         host.name,
@@ -200,17 +215,17 @@ inline std::unique_ptr<Transport> make_zmq_tcp(const std::string& url) {
     );
 }
 
-inline std::unique_ptr<Transport> make_pipe(const std::string& url) {
+inline Way make_pipe(const std::string& url) {
     auto [path, options] = path_of(url, {"wait"});
     return std::make_unique<Pipe>(path, wait_of(options, url));
 }
 
-inline std::unique_ptr<Transport> make_sysv_queue(const std::string& url) {
+inline Way make_sysv_queue(const std::string& url) {
     auto [path, options] = path_of(url, {"wait"});
     return std::make_unique<SysvQueue>(path, wait_of(options, url));
 }
 
-inline std::unique_ptr<Transport> make_sysv_shm(const std::string& url) {
+inline Way make_sysv_shm(const std::string& url) {
     auto [path, options] = path_of(url, {"wait"});
     return std::make_unique<SysvShm>(path, wait_of(options, url));
 }
@@ -255,7 +270,7 @@ inline std::vector<std::string> words_of(std::string_view command, const std::st
 }
 
 // A command's words may hold any character, so the query stands before them, if at all.
-inline std::unique_ptr<Transport> make_stdio(const std::string& url) {
+inline Way make_stdio(const std::string& url) {
     std::string_view command = std::string_view(url).substr(std::string_view("stdio:").size());
     std::string_view query;
     if (command.starts_with("?")) {
@@ -267,9 +282,58 @@ inline std::unique_ptr<Transport> make_stdio(const std::string& url) {
     );
 }
 
+#ifdef IPC_BRIDGE_GRPC  // set by the target ipc_bridge::grpc
+class GrpcSessions : public Sessions {
+  public:
+    explicit GrpcSessions(std::unique_ptr<Grpc> grpc) : grpc_(std::move(grpc)) {}
+
+    std::unique_ptr<Caller> connect(const ConnectOptions& options) override {
+        return grpc_->connect(options);
+    }
+
+    std::unique_ptr<Callee> serve(Service service, const ServeOptions& options) override {
+        return grpc_->serve(std::move(service), options);
+    }
+
+  private:
+    std::unique_ptr<Grpc> grpc_;
+};
+
+// Sessions that wait in gRPC's own threads, which always block.
+inline void check_wait(const Options& options, const std::string& url) {
+    const auto found = options.find("wait");
+    if (found != options.end() && found->second != "block") {
+        refuse("gRPC waits in threads of its own: wait can only be block", url);
+    }
+}
+
+inline Way make_grpc_unix(const std::string& url) {
+    const auto [path, options] = path_of(url, {"wait"});
+    check_wait(options, url);
+    return std::make_unique<GrpcSessions>(std::make_unique<GrpcUnix>(path));
+}
+
+inline Way make_grpc_tcp(const std::string& url) {
+    auto [host, port, options] =
+        host_of(url, {"wait", "allow_remote", "ca", "cert", "key", "name"});
+    check_wait(options, url);
+    const Keys keys{options["ca"], options["cert"], options["key"], options["name"]};
+    return std::make_unique<GrpcSessions>(
+        std::make_unique<GrpcTcp>(host, port, keys, flag_of(options, "allow_remote", url))
+    );
+}
+#else
+inline Way make_grpc_unix(const std::string& url) {
+    throw Error(Status::UNIMPLEMENTED, "this program was built without gRPC", url);
+}
+inline Way make_grpc_tcp(const std::string& url) {
+    return make_grpc_unix(url);
+}
+#endif
+
 struct Scheme {
     std::string_view name;
-    std::unique_ptr<Transport> (*make)(const std::string& url);
+    Way (*make)(const std::string& url);
 };
 inline constexpr Scheme schemes[] = {
     {"pipe", make_pipe},
@@ -281,27 +345,42 @@ inline constexpr Scheme schemes[] = {
     {"sysv-shm", make_sysv_shm},
     {"zmq+ipc", make_zmq_ipc},
     {"zmq+tcp", make_zmq_tcp},
+    {"grpc+unix", make_grpc_unix},
+    {"grpc+tcp", make_grpc_tcp},
 };
 
-}  // namespace endpoint
-
-// The transport that a URL names. Throws Error: INVALID_ARGUMENT.
-inline std::unique_ptr<Transport> make_transport(const std::string& url) {
+// What a URL leads to. Throws Error: INVALID_ARGUMENT.
+inline Way way_of(const std::string& url) {
     const auto colon = url.find(':');
     std::string known;
-    for (const endpoint::Scheme& scheme : endpoint::schemes) {
+    for (const Scheme& scheme : schemes) {
         if (colon != std::string::npos && scheme.name == std::string_view(url).substr(0, colon)) {
             return scheme.make(url);
         }
         known += (known.empty() ? "" : ", ") + std::string(scheme.name);
     }
-    endpoint::refuse("unknown scheme; known are " + known, url);
+    refuse("unknown scheme; known are " + known, url);
+}
+
+}  // namespace endpoint
+
+// The transport that a URL names. Throws Error: INVALID_ARGUMENT.
+inline std::unique_ptr<Transport> make_transport(const std::string& url) {
+    endpoint::Way way = endpoint::way_of(url);
+    if (auto* transport = std::get_if<std::unique_ptr<Transport>>(&way)) {
+        return std::move(*transport);
+    }
+    endpoint::refuse("this carries calls, not bytes", url);
 }
 
 // Reach the server at `url`, for a service of one's own; the options and errors are those of
 // Client.
 inline std::unique_ptr<Caller> dial(const std::string& url, const ConnectOptions& options = {}) {
-    return std::make_unique<Client>(*make_transport(url), options);
+    const endpoint::Way way = endpoint::way_of(url);
+    if (const auto* sessions = std::get_if<std::unique_ptr<endpoint::Sessions>>(&way)) {
+        return (*sessions)->connect(options);
+    }
+    return std::make_unique<Client>(*std::get<std::unique_ptr<Transport>>(way), options);
 }
 
 // As `dial`, for echo and stream.
@@ -310,14 +389,20 @@ inline Bridge connect(const std::string& url, const ConnectOptions& options = {}
 }
 
 // Become the server of `url`; `run` what it returns. The options and errors are those of Server.
-inline std::unique_ptr<Server> listen(
+inline std::unique_ptr<Callee> listen(
     const std::string& url, Service service, const ServeOptions& options = {}
 ) {
-    return std::make_unique<Server>(*make_transport(url), std::move(service), options);
+    const endpoint::Way way = endpoint::way_of(url);
+    if (const auto* sessions = std::get_if<std::unique_ptr<endpoint::Sessions>>(&way)) {
+        return (*sessions)->serve(std::move(service), options);
+    }
+    return std::make_unique<Server>(
+        *std::get<std::unique_ptr<Transport>>(way), std::move(service), options
+    );
 }
 
 // As `listen`; the service is echo and stream unless given.
-inline std::unique_ptr<Server> serve(
+inline std::unique_ptr<Callee> serve(
     const std::string& url, Service service = make_service(), const ServeOptions& options = {}
 ) {
     return listen(url, std::move(service), options);

@@ -137,24 +137,49 @@ class Service {
     std::map<std::uint16_t, StreamHandler> streaming_;
 };
 
-class Connection;
+// Why a call ended before its handler was done.
+inline std::string reason_text(Status why) {
+    switch (why) {
+        case Status::CANCELLED:
+            return "cancelled by the client";
+        case Status::DEADLINE_EXCEEDED:
+            return "the deadline has passed";
+        default:
+            return "the server is shutting down";
+    }
+}
 
 // What a handler knows of the call it answers.
 class Call {
   public:
-    Call(Connection& connection, std::int64_t deadline)
-        : deadline_ns(deadline), connection_(connection) {}
+    explicit Call(std::int64_t deadline) : deadline_ns(deadline) {}
+    virtual ~Call() = default;
+    Call(const Call&) = delete;
+    Call& operator=(const Call&) = delete;
 
     const std::int64_t deadline_ns;
 
     // Look at the input: has the client cancelled or gone, or is the deadline past?
-    bool is_cancelled();
+    virtual bool is_cancelled() = 0;
 
     // Sleep; ends early when `is_cancelled`. Items made so far are sent first.
-    void sleep(double seconds);
+    virtual void sleep(double seconds) = 0;
 
     // The largest payload that the client takes.
-    std::uint32_t peer_payload_bytes_max() const;
+    virtual std::uint32_t peer_payload_bytes_max() const = 0;
+};
+
+class Connection;
+
+// The call that runs on a connection.
+class ConnectionCall : public Call {
+  public:
+    ConnectionCall(Connection& connection, std::int64_t deadline)
+        : Call(deadline), connection_(connection) {}
+
+    bool is_cancelled() override;
+    void sleep(double seconds) override;
+    std::uint32_t peer_payload_bytes_max() const override;
 
   private:
     Connection& connection_;
@@ -393,7 +418,7 @@ class Connection {
     // Make the next batch of items and write it, or end the stream.
     void advance() {
         if (const Status why = reason(); why != Status::OK) {
-            fail(why, text_of(why));
+            fail(why, reason_text(why));
             return;
         }
         if (session.outbox.size() != 0) {
@@ -448,7 +473,7 @@ class Connection {
         if (session.state != State::RUNNING) {
             close_handler();
         } else if (why != Status::OK) {
-            fail(why, text_of(why));
+            fail(why, reason_text(why));
         } else {
             session.end(reply);
             close_handler();
@@ -489,22 +514,11 @@ class Connection {
         call_.reset();
     }
 
-    static std::string text_of(Status why) {
-        switch (why) {
-            case Status::CANCELLED:
-                return "cancelled by the client";
-            case Status::DEADLINE_EXCEEDED:
-                return "the deadline has passed";
-            default:
-                return "the server is shutting down";
-        }
-    }
-
     const Service& service_;
     std::function<void(Connection&)> on_hello_;  // once it said hello; throws Error to refuse it
     std::int64_t hello_deadline_ns_;
     bool met_ = false;
-    std::optional<Call> call_;
+    std::optional<ConnectionCall> call_;
     Producer producer_;
     std::optional<Item> item_;  // the latest; what is not copied lives until it is sent
     Payload reply_;             // likewise
@@ -512,16 +526,16 @@ class Connection {
     int stride_ = 1;            // items until the next look at the clock
 };
 
-inline bool Call::is_cancelled() {
+inline bool ConnectionCall::is_cancelled() {
     connection_.pump(0);
     return connection_.reason() != Status::OK;
 }
 
-inline void Call::sleep(double seconds) {
+inline void ConnectionCall::sleep(double seconds) {
     connection_.pump(deadline_after(seconds));
 }
 
-inline std::uint32_t Call::peer_payload_bytes_max() const {
+inline std::uint32_t ConnectionCall::peer_payload_bytes_max() const {
     return connection_.session.peer_payload_bytes_max;
 }
 
@@ -534,8 +548,27 @@ struct ServeOptions {
     double grace_s = grace_s_default;
 };
 
-// Listens on a transport and serves a service; `run` it.
-class Server {
+// What answers calls: `Server`, or another with the same face; `run` it.
+class Callee {
+  public:
+    virtual ~Callee() = default;
+
+    std::string url;  // what a client connects to, the port filled in
+
+    // Serve until `stop`, or until no further client can come; then let running calls end within
+    // the grace, and cut what is left.
+    virtual void run() = 0;
+
+    // From any thread, or a signal handler: make `run` return.
+    virtual void stop() = 0;
+
+    // Stop listening, and remove the address. From any thread: a `run` under way is told to `stop`,
+    // and does it. Idempotent.
+    virtual void close() = 0;
+};
+
+// Listens on a transport and serves a service.
+class Server : public Callee {
   public:
     // Listen; clients may come from now on. Throws Error as Transport::listen does.
     Server(Transport& transport, Service service, const ServeOptions& options = {})
@@ -548,15 +581,11 @@ class Server {
         }
         url = listener_->url;
     }
-    ~Server() { close(); }
+    ~Server() override { close(); }
     Server(const Server&) = delete;
     Server& operator=(const Server&) = delete;
 
-    std::string url;
-
-    // Serve until `stop`, or until the transport can bring no further client; then let running
-    // calls end within the grace, and cut what is left.
-    void run() {
+    void run() override {
         {
             const std::lock_guard lock(shared_->mutex);
             if (closed_) {
@@ -580,12 +609,9 @@ class Server {
         drain();
     }
 
-    // From any thread, or a signal handler: make `run` return.
-    void stop() { listener_->interrupt(); }
+    void stop() override { listener_->interrupt(); }
 
-    // Stop listening, and remove the address. From any thread: a `run` under way is told to `stop`,
-    // and does it. Idempotent.
-    void close() {
+    void close() override {
         const std::lock_guard lock(shared_->mutex);
         closed_ = true;
         if (running_) {

@@ -11,10 +11,10 @@
 
 namespace {
 
-std::atomic<ipc_bridge::Server*> running = nullptr;  // what a signal stops
+std::atomic<ipc_bridge::Callee*> running = nullptr;  // what a signal stops
 
 void stop(int /*number*/) {
-    if (ipc_bridge::Server* server = running) {
+    if (ipc_bridge::Callee* server = running) {
         server->stop();
     }
 }

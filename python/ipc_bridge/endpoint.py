@@ -3,10 +3,12 @@
     pipe:///dir            stdio:COMMAND WORDS        unix:///path        tcp://127.0.0.1:5000
     shm:///path            sysv-queue:///path     sysv-shm:///path
     zmq+ipc:///path        zmq+tcp://127.0.0.1:5000
+    grpc+unix:///path      grpc+tcp://127.0.0.1:5000
 
-Options follow as a query: `?wait=block|spin|adaptive` everywhere (zmq has no spin),
-`?allow_remote=1` for what ends in tcp, `?curve=FILE` for zmq; that of stdio stands before the
-command: `stdio:?wait=spin COMMAND WORDS`.
+Options follow as a query: `?wait=block|spin|adaptive` everywhere (zmq has no spin, grpc
+only blocks), `?allow_remote=1` for what ends in tcp, `?curve=FILE` for zmq, `?ca=FILE&cert=FILE&
+key=FILE&name=NAME` for grpc+tcp; that of stdio stands before the command: `stdio:?wait=spin COMMAND
+WORDS`.
 """
 
 import contextlib
@@ -14,7 +16,7 @@ import os
 import re
 import shlex
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 from urllib.parse import unquote_to_bytes
 
 from ipc_bridge import client, frame, server
@@ -32,14 +34,31 @@ HOST_AND_PORT = re.compile(r"(?:\[([^\[\]]+)\]|([^\[\]:]+)):([0-9]{1,5})", re.DO
 PORT_MAX = 65535
 
 
+class Sessions(Protocol):
+    """What carries calls by sessions of its own, as gRPC does."""
+
+    def connect(
+        self, window_bytes: int, payload_bytes_max: int, timeout: float | None
+    ) -> client.Caller:
+        """As `client.connect`."""
+        ...
+
+    def serve(
+        self, service: server.Service, payload_bytes_max: int, clients_max: int, grace_s: float
+    ) -> server.Callee:
+        """As `server.Server`."""
+        ...
+
+
+Way = Transport | Sessions  # bytes, which a session needs; or calls
+
+
 def transport(url: str) -> Transport:
     """The transport that a URL names. Raises Error: INVALID_ARGUMENT."""
-    scheme, colon, _ = url.partition(":")
-    make = SCHEMES.get(scheme)
-    if not colon or make is None:
-        known = ", ".join(SCHEMES)
-        raise Error(Status.INVALID_ARGUMENT, f"unknown scheme; known are {known}", url)
-    return make(url)
+    way = way_of(url)
+    if not isinstance(way, Transport):
+        raise Error(Status.INVALID_ARGUMENT, "this carries calls, not bytes", url)
+    return way
 
 
 def dial(
@@ -51,8 +70,11 @@ def dial(
 ) -> client.Caller:
     """Reach the server at `url`, for a service of one's own; the options and errors are those of
     `client.connect`."""
+    way = way_of(url)
+    if not isinstance(way, Transport):
+        return way.connect(window_bytes, payload_bytes_max, timeout)
     return client.connect(
-        transport(url),
+        way,
         window_bytes=window_bytes,
         payload_bytes_max=payload_bytes_max,
         timeout=timeout,
@@ -85,11 +107,14 @@ def listen(
     payload_bytes_max: int = frame.PAYLOAD_BYTES_MAX,
     clients_max: int = server.CLIENTS_MAX,
     grace_s: float = server.GRACE_S,
-) -> server.Server:
+) -> server.Callee:
     """Become the server of `url`; `run` what it returns. The options and errors are those of
     `server.Server`."""
+    way = way_of(url)
+    if not isinstance(way, Transport):
+        return way.serve(service, payload_bytes_max, clients_max, grace_s)
     return server.Server(
-        transport(url),
+        way,
         service,
         window_bytes=window_bytes,
         payload_bytes_max=payload_bytes_max,
@@ -106,7 +131,7 @@ def serve(
     payload_bytes_max: int = frame.PAYLOAD_BYTES_MAX,
     clients_max: int = server.CLIENTS_MAX,
     grace_s: float = server.GRACE_S,
-) -> server.Server:
+) -> server.Callee:
     """As `listen`; the service is echo and stream unless given."""
     return listen(
         url,
@@ -116,6 +141,16 @@ def serve(
         clients_max=clients_max,
         grace_s=grace_s,
     )
+
+
+def way_of(url: str) -> Way:
+    """What a URL leads to. Raises Error: INVALID_ARGUMENT."""
+    scheme, colon, _ = url.partition(":")
+    make = SCHEMES.get(scheme)
+    if not colon or make is None:
+        known = ", ".join(SCHEMES)
+        raise Error(Status.INVALID_ARGUMENT, f"unknown scheme; known are {known}", url)
+    return make(url)
 
 
 def _unix(url: str) -> Transport:
@@ -237,6 +272,45 @@ def _host(url: str, known: set[str]) -> tuple[str, int, Options]:
     return host, port, _options(parts.query, known, url)
 
 
+def _grpc_unix(url: str) -> Sessions:
+    path, options = _path(url, {"wait"})
+    _check_wait(options, url)
+    way: Sessions = _grpc_rpc(url).GrpcUnix(path)
+    return way
+
+
+def _grpc_tcp(url: str) -> Sessions:
+    host, port, options = _host(url, {"wait", "allow_remote", "ca", "cert", "key", "name"})
+    _check_wait(options, url)
+    grpc_rpc = _grpc_rpc(url)
+    keys = grpc_rpc.Keys(*(options.get(name, "") for name in ("ca", "cert", "key", "name")))
+    way: Sessions = grpc_rpc.GrpcTcp(host, port, keys, _flag(options, "allow_remote", url))
+    return way
+
+
+def _grpc_rpc(url: str) -> Any:
+    """The module, which takes a while to load, and a library that not everybody has."""
+    try:
+        from ipc_bridge.transports import grpc_rpc
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] not in ("grpc", "grpc_health", "grpc_reflection"):
+            what = f"the generated code is missing or of no use ({error}); run `make build`"
+            raise Error(Status.FAILED_PRECONDITION, what, url) from None
+        what = f"{error.name} is missing: pip install 'ipc-bridge[grpc]'"
+        raise Error(Status.FAILED_PRECONDITION, what, url) from None
+    except (AttributeError, RuntimeError, TypeError) as error:  # what gencode raises, by its age
+        what = f"generated code and installed libraries do not match: {error}".splitlines()[0]
+        raise Error(Status.FAILED_PRECONDITION, what, url) from None
+    return grpc_rpc
+
+
+def _check_wait(options: Options, url: str) -> None:
+    """Sessions that wait in gRPC's own threads, which always block."""
+    if options.get("wait", "block") != "block":
+        what = "gRPC waits in threads of its own: wait can only be block"
+        raise Error(Status.INVALID_ARGUMENT, what, url)
+
+
 def _options(query: str, known: set[str], url: str) -> Options:
     options: Options = {}
     for pair in filter(None, query.split("&")):
@@ -262,7 +336,7 @@ def _flag(options: Options, name: str, url: str) -> bool:
     return value == "1"
 
 
-SCHEMES: dict[str, Callable[[str], Transport]] = {
+SCHEMES: dict[str, Callable[[str], Way]] = {
     "pipe": _pipe,
     "stdio": _stdio,
     "unix": _unix,
@@ -272,4 +346,6 @@ SCHEMES: dict[str, Callable[[str], Transport]] = {
     "sysv-shm": _sysv_shm,
     "zmq+ipc": _zmq_ipc,
     "zmq+tcp": _zmq_tcp,
+    "grpc+unix": _grpc_unix,
+    "grpc+tcp": _grpc_tcp,
 }

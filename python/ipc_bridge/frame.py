@@ -201,6 +201,12 @@ class Batch:
         self._offsets = offsets
         self._sizes = sizes
 
+    @classmethod
+    def of_one(cls, item: Buffer) -> "Batch":
+        """A copy of one item, which came without a header: there are zeros instead."""
+        view = memoryview(b"".join((bytes(HEADER_BYTES), item)))
+        return cls(view, _U32_BYTES.pack(HEADER_BYTES), _U32_BYTES.pack(len(item)), True)
+
     def __len__(self) -> int:
         return len(self._sizes) // 4
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import ipc_bridge
 from ipc_bridge import client, frame, load, server, session
-from ipc_bridge.endpoint import SCHEMES, connect, serve, transport
+from ipc_bridge.endpoint import SCHEMES, connect, serve, way_of
 from ipc_bridge.errors import Error, Status
 from ipc_bridge.service import STAMP, Bridge, Pattern
 from ipc_bridge.system import checked, now_ns
@@ -213,8 +213,10 @@ class Arguments:
                 raise CommandLineError("unknown option", word.partition("=")[0])
             raise CommandLineError("one word too many", word)
         try:
-            transport(self.url)
+            way_of(self.url)
         except Error as error:
+            if error.status != Status.INVALID_ARGUMENT:  # a library that is missing
+                raise
             raise CommandLineError(error.what, error.where) from None
         self.json = bool(self._values["json"])
         self.window_bytes = self.size("--window", 1, session.WINDOW_BYTES_MAX, session.WINDOW_BYTES)
@@ -488,12 +490,12 @@ class StopSignals:
     """SIGTERM and SIGINT: the first drains the server, the second ends the program at once."""
 
     def __init__(self) -> None:
-        self._server: server.Server | None = None
+        self._server: server.Callee | None = None
         self._came = False
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
 
-    def watch(self, running: server.Server) -> None:
+    def watch(self, running: server.Callee) -> None:
         """The server to stop; at once if a signal came while it was starting."""
         self._server = running
         if self._came:

@@ -15,9 +15,10 @@ The GIL: connections are threads, so a handler that computes without releasing i
 import contextlib
 import logging
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import NamedTuple, Protocol, Self
 
 from ipc_bridge import frame
 from ipc_bridge.errors import OK, Error, Status
@@ -104,25 +105,41 @@ class Service:
         return handler
 
 
-class Call:
+class Call(ABC):
     """What a handler knows of the call it answers."""
+
+    deadline_ns: int
+
+    @abstractmethod
+    def is_cancelled(self) -> bool:
+        """Look at the input: has the client cancelled or gone, or is the deadline past?"""
+
+    @abstractmethod
+    def sleep(self, seconds: float) -> None:
+        """Sleep; ends early when `is_cancelled`. Items made so far are sent first."""
+
+    @property
+    @abstractmethod
+    def peer_payload_bytes_max(self) -> int:
+        """The largest payload that the client takes."""
+
+
+class ConnectionCall(Call):
+    """The call that runs on a connection."""
 
     def __init__(self, connection: "Connection", deadline_ns: int) -> None:
         self.deadline_ns = deadline_ns
         self._connection = connection
 
     def is_cancelled(self) -> bool:
-        """Look at the input: has the client cancelled or gone, or is the deadline past?"""
         self._connection.pump(0)
         return self._connection.reason() is not OK
 
     def sleep(self, seconds: float) -> None:
-        """Sleep; ends early when `is_cancelled`. Items made so far are sent first."""
         self._connection.pump(deadline_after(seconds))
 
     @property
     def peer_payload_bytes_max(self) -> int:
-        """The largest payload that the client takes."""
         return self._connection.session.peer_payload_bytes_max
 
 
@@ -151,8 +168,8 @@ class Connection:
         self._on_hello = on_hello  # once the client has said hello; raises Error to refuse it
         self._hello_deadline_ns = deadline_after(HELLO_TIMEOUT_S)
         self._met = False
-        self._call: Call | None = None
-        self._undated = Call(self, NEVER)  # serves all small calls without a deadline
+        self._call: ConnectionCall | None = None
+        self._undated = ConnectionCall(self, NEVER)  # for all small calls without a deadline
         self._items: Iterator[Item] | None = None
         self._due_ns = 0  # no item before it
         self._stride = 1  # items until the next look at the clock
@@ -318,7 +335,8 @@ class Connection:
         """Run the handler of a CALL; a unary one to its end."""
         session = self.session
         left_ms = session.remaining_ms
-        call = self._call = Call(self, now_ns() + left_ms * 1_000_000 if left_ms else NEVER)
+        deadline_ns = now_ns() + left_ms * 1_000_000 if left_ms else NEVER
+        call = self._call = ConnectionCall(self, deadline_ns)
         try:
             if session.streaming:
                 handler = self._service.find_streaming(session.method)
@@ -345,7 +363,9 @@ class Connection:
             if not session.filled_by_call(count):
                 return
             left_ms = session.remaining_ms
-            call = Call(self, now_ns() + left_ms * 1_000_000) if left_ms else self._undated
+            call = self._undated
+            if left_ms:
+                call = ConnectionCall(self, now_ns() + left_ms * 1_000_000)
             self._call = call
             try:
                 answer = find_unary(session.method)(call, session.payload)
@@ -456,8 +476,34 @@ class Connection:
                 log.error("a handler failed to close", exc_info=error)
 
 
+class Callee(Protocol):
+    """What answers calls: `Server`, or another with the same face; `run` it, in a `with`."""
+
+    url: str  # what a client connects to, the port filled in
+
+    def run(self) -> None:
+        """Serve until `stop`, or until no further client can come; then let running calls end
+        within the grace, and cut what is left."""
+
+    def stop(self) -> None:
+        """From any thread, or a signal handler: make `run` return."""
+
+    def close(self) -> None:
+        """Stop listening, and remove the address. From any thread: a `run` under way is told to
+        `stop`, and does it. Idempotent."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None: ...
+
+
 class Server:
-    """Listens on a transport and serves a service; `run` it, in a `with`."""
+    """Listens on a transport and serves a service; a Callee."""
 
     def __init__(
         self,

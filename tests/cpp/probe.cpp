@@ -134,7 +134,7 @@ Service probe_service() {
     return service;
 }
 
-Server* running = nullptr;  // for the signal handler
+Callee* running = nullptr;  // for the signal handler
 
 int run_server(const Arguments& arguments) {
     ServeOptions options;

@@ -121,19 +121,6 @@ class UnixAddress {
         return {std::move(fd), std::move(lock), path};
     }
 
-  private:
-    Fd make_socket() const {
-        constexpr int flags = SOCK_CLOEXEC | SOCK_NONBLOCK;
-        return Fd(checked(::socket(AF_UNIX, kind_ | flags, 0), "socket", url));
-    }
-
-    sockaddr_un make_address() const {
-        sockaddr_un address{};
-        address.sun_family = AF_UNIX;
-        std::memcpy(address.sun_path, path.data(), path.size());
-        return address;
-    }
-
     // Remove a dead server's socket; only under the lock, and only if it is ours.
     void reclaim() const {
         struct stat info {};
@@ -153,6 +140,19 @@ class UnixAddress {
             throw Error(Status::ALREADY_EXISTS, "another program listens on this socket", path);
         }
         ::unlink(path.c_str());
+    }
+
+  private:
+    Fd make_socket() const {
+        constexpr int flags = SOCK_CLOEXEC | SOCK_NONBLOCK;
+        return Fd(checked(::socket(AF_UNIX, kind_ | flags, 0), "socket", url));
+    }
+
+    sockaddr_un make_address() const {
+        sockaddr_un address{};
+        address.sun_family = AF_UNIX;
+        std::memcpy(address.sun_path, path.data(), path.size());
+        return address;
     }
 
     int kind_;

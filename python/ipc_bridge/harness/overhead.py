@@ -36,10 +36,20 @@ from ipc_bridge.harness.programs import (
 )
 from ipc_bridge.peer import SIZE, UNITS
 
-MECHANISMS = ("unix", "tcp", "pipe", "sysv-queue", "zmq", "zmq-req")
-BARE = {"zmq": "zeromq", "zmq-req": "zeromq_req"}  # where the bare program has another name
+MECHANISMS = (
+    *("unix", "tcp", "pipe"),
+    *("sysv-queue", "sysv-shm"),
+    *("zmq", "zmq-req", "grpc+unix", "grpc+tcp"),
+)
+# Where the bare program has another name.
+BARE = {
+    "zmq": "zeromq",
+    "zmq-req": "zeromq_req",
+    "grpc+unix": "grpc_rpc",
+    "grpc+tcp": "grpc_rpc",
+}
 SCHEME = {"zmq": "zmq+ipc", "zmq-req": "zmq+ipc"}  # and the pair: it is compared with two
-NO_SPIN = ("zmq", "zmq-req")  # libzmq's own threads would starve
+NO_SPIN = ("zmq", "zmq-req", "grpc+unix", "grpc+tcp")  # their libraries' threads would starve
 SETUPS = (("spin", "cross-core"), ("block", "same-core"), ("block", "cross-core"))
 STREAM_PAIRINGS = (("cpp", "cpp"), ("py", "cpp"))  # client, server
 DURATION_S = 0.4
@@ -98,9 +108,14 @@ def bare_p50_ns(cell: Cell, size_bytes: int) -> float:
     pings = max(PINGS_MIN, min(PINGS[cell.client], PING_BYTES // max(1, size_bytes)))
     message = [str(size_bytes), cell.wait]
     with private_directory() as directory:
-        address = {"tcp": "0", "sysv-queue": str(os.getpid())}.get(  # a port, a key, or a path
-            cell.transport, os.path.join(directory, "bare")
-        )
+        path = os.path.join(directory, "bare")
+        address = {  # a port, a key, a target of gRPC, or a path
+            "tcp": "0",
+            "sysv-queue": str(os.getpid()),
+            "sysv-shm": str(os.getpid()),
+            "grpc+unix": f"unix:{path}",
+            "grpc+tcp": "127.0.0.1:0",
+        }.get(cell.transport, path)
         with served([*program, "serve", address, *message], server_core) as server:
             out = run([*program, "ping", server.address, *message, str(pings)], client_core)
     match = re.search(r"p50_ns=(\d+)", out)

@@ -23,7 +23,8 @@ from ipc_bridge.peer import EXIT_INTERRUPTED, CommandLineError, report_error
 
 ROOT = Path(__file__).resolve().parents[3]
 LANGUAGES = {"cpp": "C++", "py": "Python"}
-SHORT = {"zmq": "zmq+ipc"}  # of a transport with several schemes: the one that stands for it
+# Of a transport with several schemes: the one that stands for it.
+SHORT = {"zmq": "zmq+ipc", "grpc": "grpc+unix"}
 PAIRINGS = tuple((client, server) for client in LANGUAGES for server in LANGUAGES)
 READY_S = 10.0  # a Python server needs about 0.2 on an idle machine
 RUN_S = 120.0  # no program here is asked for more than seconds: longer, and it hangs

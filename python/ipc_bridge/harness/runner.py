@@ -51,7 +51,7 @@ FLOOR_S = 0.05  # of a floor's measurement
 PINGS_FIRST = 1000  # of a bare program in its first round: how long one takes is not known yet
 PINGS_MIN = 100
 PINGS_MAX = 100_000
-KEY_MARK, KEY_RANDOM_BITS = 0x1BC00000, 19  # as in doctor; of a pair of keys
+KEY_MARK, KEY_RANDOM_BITS = 0x1BC00000, 18  # as in doctor; of four keys
 
 Round = dict[str, Any]  # the figures of one cell or floor in one round
 
@@ -256,17 +256,19 @@ class Runner:
 
 @contextlib.contextmanager
 def address_of(mechanism: str, directory: str) -> Iterator[str]:
-    """For a bare server: a port of its choice, keys of queues, or a path."""
-    if mechanism != "sysv_queue":
-        yield "0" if mechanism == "tcp" else os.path.join(directory, "bare")
+    """For a bare server: a port of its choice, System V keys, a target of gRPC, or a path."""
+    if mechanism not in ("sysv_queue", "sysv_shm"):
+        path = os.path.join(directory, "bare")
+        yield {"tcp": "0", "grpc_rpc": f"unix:{path}"}.get(mechanism, path)
         return
     # With the mark of this project, so that doctor finds what an end by force leaves; and the next.
-    key = KEY_MARK | secrets.randbits(KEY_RANDOM_BITS) << 1
+    key = KEY_MARK | secrets.randbits(KEY_RANDOM_BITS) << 2
     try:
         yield str(key)
     finally:  # a bare server that was ended has removed nothing
-        for one in (key, key + 1):
-            subprocess.run(["ipcrm", "-Q", str(one)], capture_output=True, check=False)
+        for one in range(key, key + 4):
+            words = ["ipcrm", "-Q", str(one), "-M", str(one), "-S", str(one)]
+            subprocess.run(words, capture_output=True, check=False)
 
 
 def decimal(value: float) -> str:

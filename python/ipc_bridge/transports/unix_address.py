@@ -75,7 +75,7 @@ class UnixAddress:
             undo.callback(lock.close)
             sock = self._make_socket()
             undo.callback(sock.close)
-            self._reclaim()
+            self.reclaim()
             with checked("bind", self.path):
                 os.fchmod(sock.fileno(), 0o600)  # the file is born with this mode
                 sock.bind(self.path)
@@ -88,7 +88,7 @@ class UnixAddress:
         with checked("socket", self.url):
             return socket.socket(socket.AF_UNIX, self._kind)
 
-    def _reclaim(self) -> None:
+    def reclaim(self) -> None:
         """Remove a dead server's socket; only under the lock, and only if it is ours."""
         try:
             info = os.stat(self.path, follow_symlinks=False)
