@@ -51,7 +51,8 @@ FLOOR_S = 0.05  # of a floor's measurement
 PINGS_FIRST = 1000  # of a bare program in its first round: how long one takes is not known yet
 PINGS_MIN = 100
 PINGS_MAX = 100_000
-KEY_MARK, KEY_RANDOM_BITS = 0x1BC00000, 18  # as in doctor; of four keys
+KEY_MARK, KEY_RANDOM_BITS = 0x1BC00000, 18  # as in doctor; bits above those that count
+KEYS_EACH = 4  # at most, of a bare program of System V: the one that it is told, and the next
 
 Round = dict[str, Any]  # the figures of one cell or floor in one round
 
@@ -256,19 +257,19 @@ class Runner:
 
 @contextlib.contextmanager
 def address_of(mechanism: str, directory: str) -> Iterator[str]:
-    """For a bare server: a port of its choice, System V keys, a target of gRPC, or a path."""
-    if mechanism not in ("sysv_queue", "sysv_shm"):
+    """For a bare server: a port of its choice, keys of objects, a target of gRPC, or a path."""
+    if not mechanism.startswith("sysv_"):
         path = os.path.join(directory, "bare")
         yield {"tcp": "0", "grpc_rpc": f"unix:{path}"}.get(mechanism, path)
         return
-    # With the mark of this project, so that doctor finds what an end by force leaves; and the next.
-    key = KEY_MARK | secrets.randbits(KEY_RANDOM_BITS) << 2
+    # With the mark of this project, so that doctor finds what an end by force leaves.
+    key = KEY_MARK | secrets.randbits(KEY_RANDOM_BITS) * KEYS_EACH
     try:
         yield str(key)
     finally:  # a bare server that was ended has removed nothing
-        for one in range(key, key + 4):
-            words = ["ipcrm", "-Q", str(one), "-M", str(one), "-S", str(one)]
-            subprocess.run(words, capture_output=True, check=False)
+        keys = map(str, range(key, key + KEYS_EACH))
+        words = [word for one in keys for word in ("-Q", one, "-M", one, "-S", one)]
+        subprocess.run(["ipcrm", *words], capture_output=True, check=False)
 
 
 def decimal(value: float) -> str:
