@@ -178,7 +178,9 @@ def test_a_deadline_frees_a_sleeping_handler(peers: Peers) -> None:
     assert answer["elapsed_s"] < 0.001 + LATE_S
     peers.check_others()
     client.do(op="echo", size=10, timeout=5.0 * SLOW)
-    assert (client.number(14), client.number(18)) == (0, 1)
+    came = {0, 1} if peers.is_grpc else {1}  # (gRPC sends nothing once its clock has passed it)
+    assert client.number(14) == 0
+    assert client.number(18) in came
 
 
 def test_a_deadline_midway_in_a_stream(peers: Peers) -> None:
