@@ -668,11 +668,13 @@ class Server:
 
     def _forget(self, connection: Connection) -> None:
         with self._changed:
-            connection.stream.close()  # under the lock: nobody interrupts it after that
-            self._strangers.pop(connection, None)
-            self._clients.pop(connection, None)
-            self._tell_crowd()
-            self._changed.notify_all()
+            try:
+                connection.stream.close()  # under the lock: nobody interrupts it after that
+            finally:  # else the server would wait for it for ever
+                self._strangers.pop(connection, None)
+                self._clients.pop(connection, None)
+                self._tell_crowd()
+                self._changed.notify_all()
 
     def _tell_crowd(self) -> None:
         """Python's threads share the GIL: one connection may spin, several would fight."""

@@ -465,7 +465,11 @@ inline void part(
         }
         Parted::all().push_back(parted);
     }
-    watch(*parted);
+    try {
+        watch(*parted);
+    } catch (const Error&) {  // no descriptor for a watcher: what the peer has not read is lost
+        parted->end();
+    }
     if (oldest) {
         unwatch(*oldest);
         oldest->end();

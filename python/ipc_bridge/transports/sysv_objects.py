@@ -289,7 +289,10 @@ def part(life_line: socket.socket, key: int, journal: Journal, finish: Callable[
         if len(_parted) >= PARTED_MAX:
             oldest = next(iter(_parted.values()))
         _parted[key] = parted
-    watch(parted)
+    try:
+        watch(parted)
+    except (Error, OSError):  # no descriptor for a watcher: what the peer has not read is lost
+        parted.end()
     if oldest is not None:
         unwatch(oldest)
         oldest.end()
