@@ -331,7 +331,10 @@ class Journal {
     // The first of keys_each keys, noted before anything is made with them.
     std::uint32_t reserve() {
         const std::lock_guard lock(changes_);
-        const std::uint32_t key = key_mark | (random_bits() & ~key_mask & ~(keys_each - 1));
+        std::uint32_t key = 0;
+        do {  // not those of a connection that is about to go
+            key = key_mark | (random_bits() & ~key_mask & ~(keys_each - 1));
+        } while (std::find(slots_.begin(), slots_.end(), key) != slots_.end());
         const auto slot = std::find(slots_.begin(), slots_.end(), 0U);
         note(static_cast<std::size_t>(slot - slots_.begin()), key);
         return key;

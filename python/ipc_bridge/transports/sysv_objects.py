@@ -222,7 +222,9 @@ class Journal:
     def reserve(self) -> int:
         """The first of KEYS_EACH keys, noted before anything is made with them."""
         with self._changes:
-            key = KEY_MARK | secrets.randbits(32) & ~KEY_MASK & -KEYS_EACH
+            key = 0
+            while key in (0, *self._slots):  # not those of a connection that is about to go
+                key = KEY_MARK | secrets.randbits(32) & ~KEY_MASK & -KEYS_EACH
             self._note(self._slots.index(0) if 0 in self._slots else len(self._slots), key)
             return key
 
