@@ -291,7 +291,10 @@ def main() -> int:
     arguments = parser.parse_args()
     if os.environ.get("PROBE_ALARM"):
         pester()
-    return run_server(arguments) if arguments.command == "serve" else run_client(arguments)
+    try:
+        return run_server(arguments) if arguments.command == "serve" else run_client(arguments)
+    finally:  # Python's own end restores the default: death, should one more arrive
+        signal.signal(signal.SIGALRM, signal.SIG_IGN)
 
 
 if __name__ == "__main__":
