@@ -1,28 +1,62 @@
-"""What the tests of the peer programs need: run one, serve with one, serve with a service of one's
-own inside the test."""
+"""The peer programs: run one, serve with one, as oneself or as nobody; or serve with a service of
+the test's own, inside the test."""
 
-import contextlib
 import os
+import re
+import select
+import shlex
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
+
 import ipc_bridge
-from support import ANSWER_S, BUILD, EXIT_S, READY_S, SLOW, read_line
+from support import ANSWER_S, BUILD, EXIT_S, READY_S, SLOW
 
 Environment = Mapping[str, str]
 GONE_S = 2.0 * SLOW  # within which an interrupted program must have left
+TIMEOUT_S = 20.0 * SLOW  # for a program that should have ended long ago
+EXIT_STATUS = 10  # plus the status
+NOBODY = 65534
+
+PEER = BUILD / "ipc-bridge-peer"
+AS_NOBODY = f"""
+import os, sys
+from ipc_bridge import peer
+try:
+    from ipc_bridge.transports import grpc_rpc
+except ImportError:
+    pass
+os.setgroups([])
+os.setresgid({NOBODY}, {NOBODY}, {NOBODY})
+os.setresuid({NOBODY}, {NOBODY}, {NOBODY})
+sys.exit(peer.main())
+"""  # Python itself may stand where nobody else can read it, so it is loaded before
 
 
-def peer(language: str) -> list[str]:
-    """The words that start a peer program."""
+def peer(language: str, nobody: bool = False) -> list[str]:
+    """The words that start a peer; as another user, if root asks for that."""
     if language == "py":
-        return [sys.executable, "-m", "ipc_bridge.peer"]
-    return [str(BUILD / "ipc-bridge-peer")]
+        return [sys.executable, *(["-c", AS_NOBODY] if nobody else ["-m", "ipc_bridge.peer"])]
+    if not PEER.exists():
+        pytest.fail(f"{PEER} is not built: run make build")
+    if not nobody:
+        return [str(PEER)]
+    return ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", str(PEER)]
+
+
+def stdio_url(language: str) -> str:
+    """The URL of a server that its client starts."""
+    return f"stdio:{shlex.join([*peer(language), 'serve', 'stdio:'])}"
+
+
+# --- run one to its end ---
 
 
 class Outcome(NamedTuple):
@@ -53,7 +87,41 @@ def run(
     return Outcome(done.returncode, done.stdout or b"", done.stderr.decode())
 
 
-@contextlib.contextmanager
+@contextmanager
+def client(language: str, *words: str, nobody: bool = False) -> Iterator[subprocess.Popen[str]]:
+    """A client under way."""
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(
+        [*peer(language, nobody), *words], stdout=pipe, stderr=pipe, text=True
+    )
+    try:
+        yield process
+    finally:
+        kill(process)
+
+
+def ended(process: subprocess.Popen[str], seconds: float = TIMEOUT_S) -> int:
+    """The exit code of a client. If it is an error, one line of stderr says so, and no more."""
+    out, errors = process.communicate(timeout=seconds)
+    code = process.returncode
+    if code == 0:
+        assert errors == ""
+    else:
+        assert re.fullmatch(r"error: [^\n]+\n", errors), f"exit code {code}, stderr {errors!r}"
+        assert out == ""
+    return code
+
+
+def run_client(language: str, *words: str, nobody: bool = False) -> int:
+    """Run a client to its end: the exit code (see `ended`)."""
+    with client(language, *words, nobody=nobody) as process:
+        return ended(process)
+
+
+# --- serve ---
+
+
+@contextmanager
 def started(language: str, *words: str) -> Iterator[subprocess.Popen[bytes]]:
     """A peer that is running, with pipes to all its ends; killed if it has not left by itself."""
     pipe = subprocess.PIPE
@@ -66,11 +134,15 @@ def started(language: str, *words: str) -> Iterator[subprocess.Popen[bytes]]:
             process.kill()
 
 
-class Serving(NamedTuple):
-    """A peer that serves."""
+class Served(NamedTuple):
+    """A server that has said that it is ready."""
 
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[str]
     url: str
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
         """Tell it to stop; its exit code."""
@@ -78,19 +150,47 @@ class Serving(NamedTuple):
         return self.process.wait(EXIT_S)
 
 
-@contextlib.contextmanager
-def serving(language: str, url: str, *options: str) -> Iterator[Serving]:
-    """A peer that serves, from its ready line on. The test stops it, or it is stopped."""
-    with started(language, "serve", url, *options) as process:
-        line = read_line(process, READY_S)
-        assert line.startswith("ready "), line
-        server = Serving(process, line.removeprefix("ready ").rstrip("\n"))
+def start_server(url: str, language: str, *words: str, nobody: bool = False) -> Served:
+    """Start a server, and wait for its ready line."""
+    process = subprocess.Popen(
+        [*peer(language, nobody), "serve", url, *words], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    try:
+        ready, _, _ = select.select([process.stdout], [], [], READY_S)
+        assert ready, "the server prints no ready line"
+        line = process.stdout.readline()
+        match = re.fullmatch(r"ready (\S+)\n", line)
+        assert match, f"no ready line: {line!r}"
+    except BaseException:
+        kill(process)
+        raise
+    return Served(process, match[1])
+
+
+@contextmanager
+def served(url: str, language: str, *words: str, nobody: bool = False) -> Iterator[Served]:
+    """A server; unless it has been killed, it must leave cleanly at SIGTERM."""
+    server = start_server(url, language, *words, nobody=nobody)
+    try:
         yield server
-        if process.poll() is None:
-            assert server.stop() == 0
+        if server.process.poll() is None:
+            # A kill just before may not have shown in poll() yet.
+            assert server.stop() in (0, -signal.SIGKILL)
+    finally:
+        kill(server.process)
 
 
-@contextlib.contextmanager
+def kill(process: subprocess.Popen[str]) -> None:
+    """kill -9, and take leave of it."""
+    process.kill()
+    process.wait(TIMEOUT_S)
+    for stream in (process.stdout, process.stderr, process.stdin):
+        if stream:
+            stream.close()
+
+
+@contextmanager
 def serving_own(url: str, service: ipc_bridge.Service) -> Iterator[str]:
     """A service of the test's own, in a thread of the test; gives its URL."""
     with ipc_bridge.serve(url, service, grace_s=0.1) as server:

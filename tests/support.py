@@ -1,69 +1,56 @@
-"""What tests need around the two languages: start and stop peers, reach them, see what is left."""
+"""What all tests share: where things are, at which address, and how long to wait."""
 
-import contextlib
-import ctypes
-import json
 import os
 import select
-import shlex
-import signal
+import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / os.environ.get("IPC_BRIDGE_BUILD_DIR", "build")
 SANITIZED = "sanitize" in str(BUILD)
 SLOW = 5.0 if SANITIZED else 1.0  # factor for every limit on time
 
-TRANSPORTS = ["pipe", "stdio", "unix", "tcp", "shm"]
-TRANSPORTS += ["sysv-queue", "sysv-shm", "zmq+ipc", "zmq+tcp"]
-TRANSPORTS += ["grpc+unix", "grpc+tcp"]
+FRAMED = ["pipe", "unix", "tcp", "shm", "sysv-queue", "sysv-shm", "zmq+ipc", "zmq+tcp"]
+TRANSPORTS = [*FRAMED, "stdio", "grpc+unix", "grpc+tcp"]  # FRAMED: any client, and any bytes
 LANGUAGES = ["cpp", "py"]
 PAIRINGS = [(client, server) for client in LANGUAGES for server in LANGUAGES]
 
 READY_S = 10.0 * SLOW
 ANSWER_S = 60.0 * SLOW  # far above what any command takes
 EXIT_S = 3.0 * SLOW  # the grace, and then some
-LOOK_S = 0.01  # between two looks at a condition
-
-Answer = dict[str, Any]
-Environment = dict[str, str]
-
-
-def program(language: str) -> list[str]:
-    """The words that start the probe."""
-    if language == "py":
-        return [sys.executable, str(ROOT / "tests" / "probe.py")]
-    return [str(BUILD / "probe")]
+LOOK_S = 0.005  # between two looks at a condition
+MIB = 1 << 20
 
 
 def listen_url(transport: str, directory: Path) -> str:
-    """Where a server listens: in `directory`, short enough for a socket's path."""
-    return {
-        "pipe": f"pipe://{directory}/pipe",
-        "unix": f"unix://{directory}/sock",
-        "tcp": "tcp://127.0.0.1:0",
-        "shm": f"shm://{directory}/sock",
-        "zmq+ipc": f"zmq+ipc://{directory}/zmq",
-        "zmq+tcp": "zmq+tcp://127.0.0.1:0",
-        "sysv-queue": f"sysv-queue://{directory}/queue",
-        "sysv-shm": f"sysv-shm://{directory}/shm",
-        "grpc+unix": f"grpc+unix://{directory}/grpc",
-        "grpc+tcp": "grpc+tcp://127.0.0.1:0",
-    }[transport]
+    """Where a server listens: in `directory`, by a name short enough for a socket's path."""
+    if transport.endswith("tcp"):
+        return f"{transport}://127.0.0.1:0"
+    return f"{transport}://{directory}/{transport}"
 
 
-def wait_until(holds: Callable[[], bool], timeout_s: float, what: str) -> None:
-    """Look until it holds; fail if it never does."""
-    deadline = time.monotonic() + timeout_s
+def free_port_url(scheme: str) -> str:
+    """A URL of tcp, or on top of it, where nobody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return f"{scheme}://127.0.0.1:{probe.getsockname()[1]}"
+
+
+def until(holds: Callable[[], bool], seconds: float = 5.0) -> bool:
+    """Look until it holds: does it in time?"""
+    end_s = time.monotonic() + seconds
     while not holds():
-        assert time.monotonic() < deadline, f"not within {timeout_s:g} s: {what}"
+        if time.monotonic() >= end_s:
+            return False
         time.sleep(LOOK_S)
+    return True
+
+
+def wait_until(holds: Callable[[], bool], seconds: float, what: str) -> None:
+    """Look until it holds; fail if it never does."""
+    assert until(holds, seconds), f"not within {seconds:g} s: {what}"
 
 
 def read_line(process: subprocess.Popen[bytes], timeout_s: float) -> str:
@@ -72,239 +59,3 @@ def read_line(process: subprocess.Popen[bytes], timeout_s: float) -> str:
     ready, _, _ = select.select([process.stdout], [], [], timeout_s)
     assert ready, f"{process.args!r} says nothing for {timeout_s:g} s"
     return process.stdout.readline().decode()
-
-
-# --- processes ---
-
-
-def children(pid: int | None = None) -> set[int]:
-    """The children of a process; by default, of this one."""
-    found: set[int] = set()
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        for task in Path(f"/proc/{pid or 'self'}/task").iterdir():
-            found.update(map(int, (task / "children").read_text().split()))
-    return found
-
-
-def open_fds() -> dict[int, str]:
-    """This process's descriptors, and what each is."""
-    found = {}
-    for entry in Path("/proc/self/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # that of iterdir itself
-            found[int(entry.name)] = os.readlink(entry)
-    return found
-
-
-def enter_private_ipc() -> bool:
-    """Give this process, and all that it starts, a System V IPC namespace of its own, so that what
-    is left in it is ours. Only root may; unshare(2)."""
-    clone_newipc = 0x08000000
-    return bool(ctypes.CDLL(None).unshare(clone_newipc) == 0)
-
-
-def sysv_objects() -> set[str]:
-    """The System V objects that carry our mark: their kind, key and id (proc(5))."""
-    found = set()
-    for kind in ("msg", "sem", "shm"):
-        for line in Path(f"/proc/sysvipc/{kind}").read_text().splitlines()[1:]:
-            key, number = map(int, line.split()[:2])
-            if key & 0xFFF00000 == 0x1BC00000:
-                found.add(f"{kind} {key:#x} {number}")
-    return found
-
-
-def is_gone(pid: int) -> bool:
-    """Has it ended? (A zombie has.)"""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return True
-    return stat.rpartition(")")[2].split()[0] in "ZX"
-
-
-def memory_peak_bytes(pid: int) -> int:
-    """The largest resident size that it had."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise AssertionError("no VmHWM")
-
-
-class Process:
-    """A probe. Left by `close`, which fails unless it ends well, or by `kill`."""
-
-    def __init__(self, words: list[str], environment: Environment | None = None) -> None:
-        self.popen = subprocess.Popen(
-            words,
-            bufsize=0,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=os.environ | (environment or {}),
-        )
-        self.pid = self.popen.pid
-
-    def signal(self, number: signal.Signals) -> None:
-        """Send it one."""
-        self.popen.send_signal(number)
-
-    def exit_code(self, timeout_s: float = EXIT_S) -> int:
-        """Wait for its end."""
-        return self.popen.wait(timeout_s)
-
-    def kill(self) -> None:
-        """End it, whatever it does, and reap it. Idempotent."""
-        self.popen.kill()
-        self.popen.wait()
-        for pipe in (self.popen.stdin, self.popen.stdout):
-            assert pipe is not None
-            pipe.close()
-
-    def close(self) -> None:
-        """Let it end. Idempotent."""
-        try:
-            self._leave()
-            assert self.exit_code() == 0, f"{self.popen.args!r} failed"
-        finally:
-            self.kill()
-
-    def _leave(self) -> None:
-        raise NotImplementedError
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self.kill()
-
-
-class Server(Process):
-    """`probe serve`, ready."""
-
-    def __init__(
-        self, language: str, url: str, *options: str, environment: Environment | None = None
-    ) -> None:
-        super().__init__([*program(language), "serve", url, *options], environment)
-        try:
-            word, _, self.url = read_line(self.popen, READY_S).strip().partition(" ")
-            assert word == "ready"
-        except BaseException:
-            self.kill()
-            raise
-
-    def _leave(self) -> None:
-        self.popen.terminate()
-
-
-class Client(Process):
-    """`probe run`: commands go by keyword, `ask(op="echo", size=4096)`."""
-
-    def __init__(
-        self, language: str, url: str, *options: str, environment: Environment | None = None
-    ) -> None:
-        super().__init__([*program(language), "run", url, *options], environment)
-
-    def send(self, **command: object) -> None:
-        """Give a command, without waiting for the answer."""
-        assert self.popen.stdin is not None
-        self.popen.stdin.write(json.dumps(command).encode() + b"\n")
-
-    def receive(self, timeout_s: float = ANSWER_S) -> Answer:
-        """The next answer."""
-        line = read_line(self.popen, timeout_s)
-        assert line, "the client has gone"
-        answer: Answer = json.loads(line)
-        return answer
-
-    def ask(self, **command: object) -> Answer:
-        """Give a command; its answer."""
-        self.send(**command)
-        return self.receive()
-
-    def do(self, **command: object) -> Answer:
-        """Give a command that must succeed."""
-        answer = self.ask(**command)
-        assert answer.get("ok"), (command, answer)
-        return answer
-
-    def number(self, method: int) -> int:
-        """What a method that counts says."""
-        return int(self.do(op="call", method=method)["text"])
-
-    def _leave(self) -> None:
-        assert self.popen.stdin is not None
-        self.popen.stdin.close()
-
-
-class Peers:
-    """The peers of one test: one transport, one pairing, a directory of their own."""
-
-    def __init__(self, transport: str, pairing: tuple[str, str], directory: Path) -> None:
-        self.transport = transport
-        self.client_language, self.server_language = pairing
-        self.directory = directory
-        self.shares_server = transport != "stdio"  # may a second client reach the same server?
-        self.is_grpc = transport.startswith("grpc+")  # no frames of ours, no bytes' transport
-        self.url = ""
-        self.server: Server | None = None  # on stdio, each client has one of its own
-        self._all: list[Process] = []
-        self._control: Client | None = None
-
-    def serve(self, *options: str, environment: Environment | None = None) -> None:
-        """Start the server; on stdio, say how a client does it."""
-        if not self.shares_server:
-            words = [*program(self.server_language), "serve", "stdio:", *options]
-            self.url = "stdio:" + shlex.join(words)
-            return
-        url = listen_url(self.transport, self.directory)
-        self.server = Server(self.server_language, url, *options, environment=environment)
-        self._all.append(self.server)
-        self.url = self.server.url
-
-    def connect(self, *options: str, environment: Environment | None = None) -> Client:
-        """A further client."""
-        client = Client(self.client_language, self.url, *options, environment=environment)
-        self._all.append(client)
-        return client
-
-    def start(self, *options: str) -> Client:
-        """Both; the options are the client's."""
-        self.serve()
-        return self.connect(*options)
-
-    def server_pid(self, client: Client) -> int:
-        """The server that a client talks to (which it has done, or there is none yet)."""
-        if self.server is not None:
-            return self.server.pid
-        (pid,) = children(client.pid)
-        return pid
-
-    def second(self, client: Client) -> Client:
-        """A second client of the same server; on stdio there is but the first."""
-        return self.connect() if self.shares_server else client
-
-    def check_others(self) -> None:
-        """The control client gets the right answer, and soon, whatever else goes on."""
-        if self.shares_server:
-            self._control = self._control or self.connect()
-            answer = self._control.do(op="echo", size=1000, timeout=1.0 * SLOW)
-            assert answer["elapsed_s"] < 1.0 * SLOW
-
-    def check_freed(self, client: Client) -> None:
-        """No handler lives any more, as seen by a client."""
-        wait_until(lambda: client.number(14) == 0, 1.0 * SLOW, "all handlers freed")
-
-    def close(self) -> None:
-        """End all, clients first; fails unless all end well, and those that they started."""
-        pids = set().union(*(children(process.pid) for process in self._all))
-        with contextlib.ExitStack() as stack:
-            for process in self._all:
-                stack.callback(process.close)
-        wait_until(lambda: all(map(is_gone, pids)), EXIT_S, "the stdio servers end")

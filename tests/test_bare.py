@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from support import sysv_objects
+from processes import sysv_objects
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / os.environ.get("IPC_BRIDGE_BUILD_DIR", "build") / "bare"

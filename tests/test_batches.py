@@ -15,8 +15,9 @@ import ipc_bridge
 from ipc_bridge import frame
 from ipc_bridge.frame import HEADER_BYTES, Decoder, Kind, encode
 from ipc_bridge.service import ITEM_STRIDE, PATTERN_PERIOD, Pattern
-from peer_support import peer, serving, serving_own
-from support import EXIT_S, ROOT, TRANSPORTS, children, wait_until
+from peer_support import peer, served, serving_own
+from processes import children
+from support import EXIT_S, ROOT, TRANSPORTS, wait_until
 
 native = pytest.importorskip("ipc_bridge._native", reason="the native module is not built")
 WALKS = {"python": frame._walk, "native": native.walk}
@@ -67,7 +68,7 @@ def serving_at(transport: str, language: str, runtime: Path) -> Iterator[str]:
         return
     where = "127.0.0.1:0" if transport.endswith("tcp") else f"{runtime}/b"
     url = f"{transport}://{where}"
-    with serving(language, url) as server:
+    with served(url, language) as server:
         yield server.url
 
 

@@ -31,7 +31,7 @@ from ipc_bridge.harness.matrix import (
 from ipc_bridge.harness.programs import PAIRINGS, Served
 from ipc_bridge.harness.runner import Plan, Runner
 from ipc_bridge.harness.statistics import Figure
-from peer_support import serving
+from peer_support import served
 
 UNIX = Cell("unix", "cpp", "cpp", "echo", 64, "block", "same-core")
 OWN_SERVER = f"{shlex.quote(sys.executable)} {ROOT / 'tests' / 'own_server.py'}"
@@ -279,7 +279,7 @@ def test_a_server_that_does_not_start_fails_its_cells_alone(tmp_path: Path) -> N
 
 
 def test_a_server_that_runs_already(tmp_path: Path) -> None:
-    with temporary_directory() as temporary, serving("cpp", f"unix://{temporary}/s") as running:
+    with temporary_directory() as temporary, served(f"unix://{temporary}/s", "cpp") as running:
         url = running.url
         found = bench(tmp_path, "--connect", url, "--op", "echo")
     assert [cell["id"] for cell in found["cells"]] == [

@@ -12,16 +12,9 @@ import time
 
 import pytest
 
-from support import (
-    EXIT_S,
-    SANITIZED,
-    SLOW,
-    TRANSPORTS,
-    Peers,
-    is_gone,
-    memory_peak_bytes,
-    wait_until,
-)
+from probe_support import Peers
+from processes import is_gone, memory_peak_bytes
+from support import EXIT_S, SANITIZED, SLOW, TRANSPORTS, wait_until
 
 MIB = 1 << 20
 LATE_S = 0.25 * SLOW  # what an answer may come late: 100 ms, and a busy machine with two cores

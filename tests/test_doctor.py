@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from ipc_bridge.harness import doctor
-from support import sysv_objects
+from processes import sysv_objects
 
 sysv_ipc = pytest.importorskip("sysv_ipc")
 

@@ -22,27 +22,21 @@ from pathlib import Path
 import pytest
 
 import ipc_bridge
-from faults_support import (
+from ipc_bridge import Call, CallError, Error, Service, Status, connect
+from peer_support import (
     EXIT_STATUS,
-    LANGUAGES,
     NOBODY,
-    ROOT,
-    SANITIZED,
     Served,
     client,
-    cpu_s,
     ended,
-    fds,
     kill,
     peer,
     run_client,
     served,
     start_server,
-    stopped,
-    threads,
-    until,
 )
-from ipc_bridge import Call, CallError, Error, Service, Status, connect
+from processes import cpu_s, fds, stopped, threads
+from support import LANGUAGES, ROOT, SANITIZED, until
 
 SCHEMES = ("grpc+unix", "grpc+tcp")
 SEEN_S = 5.0 if SANITIZED else 1.0

@@ -20,7 +20,7 @@ from ipc_bridge.frame import HEADER_BYTES, Buffer, Kind
 from ipc_bridge.server import Call, Connection, Service
 from ipc_bridge.session import ClientSession, ServerSession, State
 from ipc_bridge.system import END, NEVER, WOULD_BLOCK, Spinner, Stream, Wait
-from test_session import Either, deliver, fed, had_calls, pair, written
+from session_support import Either, deliver, fed, had_calls, pair, written
 
 MOST = 2000  # max_payload of both sides
 IDS = st.sampled_from([0, 1, 0xFFFFFFFE, 0xFFFFFFFF])  # of the last call

@@ -27,7 +27,7 @@ from ipc_bridge.frame import PAYLOAD_BYTES_LIMIT, PAYLOAD_BYTES_MAX
 from ipc_bridge.server import CLIENTS_MAX, GRACE_S
 from ipc_bridge.service import ECHO, STREAM, Pattern, make_service
 from ipc_bridge.session import WINDOW_BYTES
-from peer_support import GONE_S, Outcome, files, peer, run, serving, serving_own, started
+from peer_support import GONE_S, Outcome, files, peer, run, served, serving_own, started
 from support import EXIT_S, LANGUAGES, READY_S, SLOW, wait_until
 
 OWN_UNARY, OWN_STREAM = 7, 8  # methods of the tests' own service
@@ -56,7 +56,7 @@ def url(runtime: Path) -> str:
 
 
 @pytest.fixture
-def served(url: str) -> Iterator[str]:
+def served_url(url: str) -> Iterator[str]:
     """Echo and stream, and the tests' own methods, at an address."""
     service = make_service()
     service.unary(OWN_UNARY, lambda call, request: bytes(request) + b"!")
@@ -281,7 +281,7 @@ def test_stdio_needs_pipes(language: str) -> None:
 @each_server
 def test_an_address_in_use(language: str, server: str, url: str, runtime: Path) -> None:
     line = f"error: ALREADY_EXISTS: another server has this address, {runtime}/s.lock\n"
-    with serving(server, url) as running:
+    with served(url, server) as running:
         assert failed(run(language, "serve", url)) == (16, line)
         assert run(language, "echo", running.url, "--payload", "x").code == 0
 
@@ -297,15 +297,17 @@ def test_a_port_in_use(language: str) -> None:
 @each_server
 def test_an_oversize_payload(language: str, server: str, url: str) -> None:
     line = f"error: RESOURCE_EXHAUSTED: payload of 1025 bytes, the server takes 1024, {url}\n"
-    with serving(server, url, "--max-payload", "1KiB"):
+    with served(url, server, "--max-payload", "1KiB"):
         assert failed(run(language, "echo", url, "--payload", "x" * 1025)) == (18, line)
         assert run(language, "echo", url, "--payload", "x" * 1024).code == 0
 
 
 @each_language
-def test_an_oversize_answer(language: str, served: str) -> None:
-    line = f"error: RESOURCE_EXHAUSTED: payload of 1025 bytes, the client takes 1024, {served}\n"
-    words = ["echo", served, "--max-payload", "1KiB", "--payload", "x" * 1025]
+def test_an_oversize_answer(language: str, served_url: str) -> None:
+    line = (
+        f"error: RESOURCE_EXHAUSTED: payload of 1025 bytes, the client takes 1024, {served_url}\n"
+    )
+    words = ["echo", served_url, "--max-payload", "1KiB", "--payload", "x" * 1025]
     assert failed(run(language, *words)) == (18, line)
 
 
@@ -313,16 +315,16 @@ def test_an_oversize_answer(language: str, served: str) -> None:
 @each_server
 def test_one_client_too_many(language: str, server: str, url: str) -> None:
     line = f"error: RESOURCE_EXHAUSTED: the server has 1 clients and takes no more, {url}\n"
-    with serving(server, url, "--clients-max", "1"), ipc_bridge.connect(url) as first:
+    with served(url, server, "--clients-max", "1"), ipc_bridge.connect(url) as first:
         first.echo(b"")  # an answer: it counts as a client from now on
         assert failed(run(language, "echo", url, "--payload", "x")) == (18, line)
 
 
 @each_language
-def test_an_unknown_method(language: str, served: str) -> None:
+def test_an_unknown_method(language: str, served_url: str) -> None:
     words = "--op echo --method 9 --payload x --duration 0.01 --json"
-    outcome = run(language, "bench", served, *words.split())
-    line = f"error: UNIMPLEMENTED: no unary method 9, {served}"
+    outcome = run(language, "bench", served_url, *words.split())
+    line = f"error: UNIMPLEMENTED: no unary method 9, {served_url}"
     result = json.loads(outcome.out)
     assert (outcome.code, outcome.err) == (22, f"{line}\n")
     assert f"error: {result['error']}" == line
@@ -398,7 +400,7 @@ def test_no_colours(language: str, colour: str) -> None:
 def test_echo_prints_what_comes_back(language: str, server: str, url: str, tmp_path: Path) -> None:
     every_byte = bytes(range(256)) * 300
     (tmp_path / "payload").write_bytes(every_byte)
-    with serving(server, url):
+    with served(url, server):
 
         def echoed(*words: str, stdin: bytes = b"") -> bytes:
             outcome = run(language, "echo", url, *words, stdin=stdin)
@@ -419,7 +421,7 @@ def test_echo_prints_what_comes_back(language: str, server: str, url: str, tmp_p
 @each_language
 @each_server
 def test_stream_counts_and_verifies(language: str, server: str, url: str) -> None:
-    with serving(server, url):
+    with served(url, server):
         for count, size, size_bytes in (("0", "5", 5), ("1", "0", 0), ("1000", "4KiB", 4096)):
             outcome = run(language, "stream", url, "--count", count, "--size", size)
             line = rf"{count} items of {size_bytes} bytes verified in [0-9.]+ s "
@@ -432,11 +434,11 @@ def test_stream_counts_and_verifies(language: str, server: str, url: str) -> Non
 
 
 @each_language
-def test_a_deadline(language: str, served: str) -> None:
+def test_a_deadline(language: str, served_url: str) -> None:
     words = ["--count", "9", "--size", "1", "--rate", "1", "--timeout", "0.2"]
-    code, line = failed(run(language, "stream", served, *words))
+    code, line = failed(run(language, "stream", served_url, *words))
     # Client and server both keep the deadline; who says so first is a matter of luck.
-    assert re.fullmatch(rf"error: DEADLINE_EXCEEDED: [a-z ]+, {served}\n", line)
+    assert re.fullmatch(rf"error: DEADLINE_EXCEEDED: [a-z ]+, {served_url}\n", line)
     assert code == 14
 
 
@@ -447,7 +449,7 @@ def test_json_has_the_same_keys_in_both_languages(url: str) -> None:
         ["bench", url, "--op", "echo", "--size", "5", "--duration", "0.05"],
         ["bench", url, "--op", "stream", "--size", "8", "--duration", "0.05", "--rate", "100"],
     ]
-    with serving("py", url):
+    with served(url, "py"):
         for words in commands:
             lines = [run(language, *words, "--json").out.decode() for language in LANGUAGES]
             assert [line.count("\n") for line in lines] == [1, 1]
@@ -476,13 +478,13 @@ def test_serve_in_json(language: str, url: str) -> None:
 
 
 @each_language
-def test_a_reader_who_leaves_is_no_error(language: str, served: str) -> None:
+def test_a_reader_who_leaves_is_no_error(language: str, served_url: str) -> None:
     commands = [
         ["--help"],
         ["echo", "--help"],
-        ["echo", served, "--payload", "x"],
-        ["stream", served, "--count", "1", "--size", "1"],
-        ["bench", served, "--op", "echo", "--size", "1", "--duration", "0.01"],
+        ["echo", served_url, "--payload", "x"],
+        ["stream", served_url, "--count", "1", "--size", "1"],
+        ["bench", served_url, "--op", "echo", "--size", "1", "--duration", "0.01"],
     ]
     for words in commands:
         reader, writer = os.pipe()
@@ -493,10 +495,10 @@ def test_a_reader_who_leaves_is_no_error(language: str, served: str) -> None:
 
 
 @each_language
-def test_a_full_disk_is_an_error(language: str, served: str) -> None:
+def test_a_full_disk_is_an_error(language: str, served_url: str) -> None:
     line = "error: RESOURCE_EXHAUSTED: write: No space left on device, stdout\n"
     with open("/dev/full", "wb") as full:
-        outcome = run(language, "echo", served, "--payload", "x", stdout=full.fileno())
+        outcome = run(language, "echo", served_url, "--payload", "x", stdout=full.fileno())
     assert failed(outcome) == (18, line)
 
 
@@ -627,7 +629,7 @@ def bench(language: str, url: str, samples: Path, words: str) -> dict[str, Any]:
 @each_server
 def test_bench_echo(language: str, server: str, url: str, tmp_path: Path) -> None:
     words = "--op echo --size 1KiB --duration 0.2 --warmup 0.1 --clients 2"
-    with serving(server, url):
+    with served(url, server):
         result = bench(language, url, tmp_path / "samples", words)
     assert result["samples"] == result["operations"]
     assert result["bytes"] == 1024 * result["operations"]
@@ -639,7 +641,7 @@ def test_bench_echo(language: str, server: str, url: str, tmp_path: Path) -> Non
 @each_server
 def test_bench_stream(language: str, server: str, url: str, tmp_path: Path) -> None:
     words = "--op stream --size 64 --duration 0.2 --warmup 0.1 --clients 2"
-    with serving(server, url):
+    with served(url, server):
         result = bench(language, url, tmp_path / "samples", words)
     assert result["samples"] == 0
     assert result["bytes"] == 64 * result["operations"]
@@ -647,9 +649,9 @@ def test_bench_stream(language: str, server: str, url: str, tmp_path: Path) -> N
 
 
 @each_language
-def test_bench_echo_at_a_rate(language: str, served: str, tmp_path: Path) -> None:
+def test_bench_echo_at_a_rate(language: str, served_url: str, tmp_path: Path) -> None:
     words = "--op echo --size 0 --duration 0.2 --warmup 0.1 --rate 500 --clients 3"
-    result = bench(language, served, tmp_path / "samples", words)
+    result = bench(language, served_url, tmp_path / "samples", words)
     assert result["samples"] == result["operations"]
     assert result["operations"] == pytest.approx(100, abs=3)  # a client's share is a whole number
     assert result["rate_hz"] == 500
@@ -659,7 +661,7 @@ def test_bench_echo_at_a_rate(language: str, served: str, tmp_path: Path) -> Non
 @each_server
 def test_bench_stream_at_a_rate(language: str, server: str, url: str, tmp_path: Path) -> None:
     words = "--op stream --size 8 --duration 0.5 --rate 200 --clients 2"
-    with serving(server, url):
+    with served(url, server):
         result = bench(language, url, tmp_path / "samples", words)
     assert result["samples"] == result["operations"] < 1000  # 100, and what was late at the start
     assert result["latency_ns"]["p50"] < 1e9  # one clock for both
@@ -674,7 +676,7 @@ def test_bench_shows_a_consumer_that_is_too_slow(
     runs ahead by the window, so that the latency shows it as well; with a window of one item, the
     producer waits, and the age alone shows it."""
     words = "--op stream --size 1KiB --duration 0.6 --rate 200 --work 0.01"
-    with serving(server, url):
+    with served(url, server):
         ahead = bench(language, url, tmp_path / "samples", words)
         waiting = bench(language, url, tmp_path / "samples", f"{words} --window 1")
     for result in (ahead, waiting):
@@ -690,11 +692,11 @@ def test_bench_shows_the_work_on_an_item(
     language: str, server: str, url: str, tmp_path: Path
 ) -> None:
     words = "--op stream --size 8 --duration 0.4 --rate 25 --work 0.01"
-    with serving(server, url):
+    with served(url, server):
         result = bench(language, url, tmp_path / "samples", words)
     assert result["age_ns"]["p50"] - result["latency_ns"]["p50"] >= 9e6
     words = words.replace(" --rate 25", "")
-    with serving(server, url):
+    with served(url, server):
         result = bench(language, url, tmp_path / "samples", words)
     assert 1 <= result["operations"] <= 41
 
@@ -706,7 +708,7 @@ def test_bench_reports_what_the_server_uses(
 ) -> None:
     words = "--op echo --size 64 --duration 0.2 --warmup 0.1"
     samples = tmp_path / "samples"
-    with serving(server, f"{url}?wait=block") as running:
+    with served(f"{url}?wait=block", server) as running:
         pid = running.process.pid
         used = bench(language, f"{url}?wait=block", samples, f"{words} --server-pid {pid}")
         assert bench(language, url, samples, words)["server"] is None
@@ -723,10 +725,10 @@ def test_bench_reports_what_the_server_uses(
 
 
 @each_language
-def test_bench_needs_the_server_that_it_shall_watch(language: str, served: str) -> None:
+def test_bench_needs_the_server_that_it_shall_watch(language: str, served_url: str) -> None:
     with started("py", "--version") as process:
         pid = process.pid
-    words = ["bench", served, *REQUIRED["bench"], "--server-pid"]
+    words = ["bench", served_url, *REQUIRED["bench"], "--server-pid"]
     line = f"error: NOT_FOUND: open: No such file or directory, /proc/{pid}\n"
     assert failed(run(language, *words, str(pid))) == (15, line)
     code, line = failed(run(language, *words, "child"))
@@ -736,11 +738,13 @@ def test_bench_needs_the_server_that_it_shall_watch(language: str, served: str) 
 
 @each_language
 @pytest.mark.parametrize("op", ["echo", "stream"])
-def test_bench_a_method_of_ones_own(language: str, op: str, served: str, tmp_path: Path) -> None:
+def test_bench_a_method_of_ones_own(
+    language: str, op: str, served_url: str, tmp_path: Path
+) -> None:
     (tmp_path / "payload").write_bytes(b"12345")
     method = {"echo": OWN_UNARY, "stream": OWN_STREAM}[op]
     words = f"--op {op} --method {method} --payload @{tmp_path}/payload --size 99 --duration 0.1"
-    result = bench(language, served, tmp_path / "samples", words)
+    result = bench(language, served_url, tmp_path / "samples", words)
     assert result["size_bytes"] == 5
     if op == "echo":
         assert result["bytes"] == 6 * result["operations"]
@@ -809,7 +813,7 @@ def test_a_signal_drains_and_leaves_nothing(
     where = "127.0.0.1:0" if scheme.endswith("tcp") else f"{runtime}/s"
     address = f"{scheme}://{where}"
     ready = runtime / "ready"
-    with serving(language, address, "--ready-file", str(ready), "--grace", "30") as server:
+    with served(address, language, "--ready-file", str(ready), "--grace", "30") as server:
         assert ready.read_text() == f"{server.url}\n"
         assert not server.url.endswith(":0")
         with ipc_bridge.connect(server.url) as bridge:
@@ -823,7 +827,7 @@ def test_a_signal_drains_and_leaves_nothing(
 
 @each_language
 def test_the_grace_has_an_end(language: str, url: str) -> None:
-    with serving(language, url, "--grace", "0.1") as server, ipc_bridge.connect(url) as bridge:
+    with served(url, language, "--grace", "0.1") as server, ipc_bridge.connect(url) as bridge:
         items = iter(bridge.stream(count=1000, size=9, rate_hz=100))
         next(items)
         server.process.send_signal(signal.SIGTERM)
@@ -834,7 +838,7 @@ def test_the_grace_has_an_end(language: str, url: str) -> None:
 
 @each_language
 def test_a_second_signal_leaves_at_once(language: str, url: str, runtime: Path) -> None:
-    with serving(language, url, "--grace", "600") as server, ipc_bridge.connect(url) as bridge:
+    with served(url, language, "--grace", "600") as server, ipc_bridge.connect(url) as bridge:
         items = iter(bridge.stream(count=1 << 60, size=9, rate_hz=10))
         next(items)
         server.process.send_signal(signal.SIGTERM)

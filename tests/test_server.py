@@ -20,7 +20,8 @@ from ipc_bridge import CallError, Error, Service, Status, UsageError
 from ipc_bridge.server import Callee
 from ipc_bridge.system import NEVER, Wait, deadline_after, now_ns
 from ipc_bridge.transports.pipe import StdioListener
-from support import SLOW, children, listen_url, wait_until
+from processes import children
+from support import SLOW, listen_url, wait_until
 
 ANSWER_S = 5.0 * SLOW
 TRANSPORTS = ["pipe", "unix", "tcp"]

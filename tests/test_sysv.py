@@ -7,6 +7,7 @@ at hand (conftest), so that limits can be set; elsewhere those tests are skipped
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -15,9 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from faults_support import LANGUAGES, address, kill, peer, run_client, served, until
 from ipc_bridge import CallError, Error, Status, connect
-from support import enter_private_ipc, sysv_objects
+from peer_support import kill, peer, run_client, served
+from processes import enter_private_ipc, sysv_objects
+from support import LANGUAGES, listen_url, until
 
 SCHEMES = ("sysv-queue", "sysv-shm")
 SEEN_S = 1.0
@@ -46,7 +48,7 @@ def test_ipcrm_of_live_objects(scheme: str, server: str, caller: str, tmp_path: 
     """Row 26: whichever is removed under calls, UNAVAILABLE within 1 s; and the next
     client is served."""
     before = sysv_objects()
-    with served(address(scheme, tmp_path), server) as up:
+    with served(listen_url(scheme, tmp_path), server) as up:
         count = 2 if scheme == "sysv-queue" else 4
         for index in range(count):
             words = ("echo", up.url, "--payload", "hello", "--count", "1000000000")
@@ -74,7 +76,7 @@ def test_objects_of_the_dead_are_reclaimed(
     """Row 19: of this address's dead servers; what no journal names is left alone."""
     before = sysv_objects()
     foreign = subprocess.run(["ipcmk", "-Q"], check=True, capture_output=True, text=True)
-    with served(address(scheme, tmp_path), server) as first:
+    with served(listen_url(scheme, tmp_path), server) as first:
         words = [*peer("cpp"), "stream", first.url, "--count", "1000000000", "--size", "64"]
         client = subprocess.Popen([*words, "--rate", "100"], stderr=subprocess.DEVNULL)
         assert until(lambda: len(sysv_objects() - before) >= 2, 10.0)
@@ -85,7 +87,7 @@ def test_objects_of_the_dead_are_reclaimed(
         client.wait()
         left = sysv_objects() - before
         assert left, "nothing was left: the test tests nothing"
-    with served(address(scheme, tmp_path), successor) as second:
+    with served(listen_url(scheme, tmp_path), successor) as second:
         assert sysv_objects() - before == set()
         with connect(second.url, timeout=1.0) as bridge:
             assert bytes(bridge.echo(b"second", timeout=1.0)) == b"second"
@@ -109,7 +111,7 @@ def test_a_server_killed_while_it_makes_them(
     if strace is None or only not in ("*", scheme) or (only == "*" and number > 1):
         pytest.skip("no strace, or another transport's call (and each thread's calls count apart)")
     before = sysv_objects()
-    url = address(scheme, tmp_path)
+    url = listen_url(scheme, tmp_path)
     inject = f"inject={calls}:signal=KILL:when={number}"
     tracer = [strace, "-f", "-qq", "-o", "/dev/null", "-e", f"trace={calls}", "-e", inject]
     first = subprocess.Popen(
@@ -157,7 +159,7 @@ def test_limits_reached_at_set_up(
     scheme: str, limit: dict[str, str], server: str, tmp_path: Path
 ) -> None:
     """Row 25: RESOURCE_EXHAUSTED; the server goes on, and recovers."""
-    with limits(), served(address(scheme, tmp_path), server) as up:
+    with limits(), served(listen_url(scheme, tmp_path), server) as up:
         with limits_now(limit), pytest.raises(Error) as caught:
             connect(up.url, timeout=1.0)
         assert caught.value.status == Status.RESOURCE_EXHAUSTED
@@ -181,7 +183,7 @@ def limits_now(values: dict[str, str]) -> Iterator[None]:
 @of_servers
 @pytest.mark.parametrize("caller", LANGUAGES)
 def test_a_large_payload_through_a_tiny_queue(server: str, caller: str, tmp_path: Path) -> None:
-    with limits(msgmnb="64", msgmax="48"), served(address("sysv-queue", tmp_path), server) as up:
+    with limits(msgmnb="64", msgmax="48"), served(listen_url("sysv-queue", tmp_path), server) as up:
         big = tmp_path / "big"
         big.write_text(os.urandom(50_000).hex())
         assert run_client(caller, "echo", up.url, "--payload", f"@{big}", "--timeout", "60") == 0
@@ -191,10 +193,9 @@ def test_a_large_payload_through_a_tiny_queue(server: str, caller: str, tmp_path
 @of_servers
 def test_a_thousand_strangers_make_nothing(scheme: str, server: str, tmp_path: Path) -> None:
     """Row 30: no object is made for who sends no record."""
-    import socket
 
     before = sysv_objects()
-    with served(address(scheme, tmp_path), server) as up:
+    with served(listen_url(scheme, tmp_path), server) as up:
         silent = []
         for _ in range(300):
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -217,7 +218,7 @@ def test_nothing_unread_is_lost_when_the_server_leaves(
     """A reply that is complete when the server goes is read afterwards, and what it lay in is gone
     though nobody reads."""
     before = sysv_objects()
-    with served(address(scheme, tmp_path), server) as up:
+    with served(listen_url(scheme, tmp_path), server) as up:
         bridge = connect(up.url)
         items = bridge.stream(5, 100, rate_hz=1000.0)
         time.sleep(0.2)  # all five, and the end, lie in the client's queue

@@ -74,22 +74,11 @@ class Stranger:
 
 # --- from here on with the project's own tools ---
 
-from faults_support import (  # noqa: E402
-    LANGUAGES,
-    MIB,
-    client,
-    ended,
-    fds,
-    peer,
-    rss_bytes,
-    run_client,
-    served,
-    sleeps,
-    stopped,
-    until,
-)
 from ipc_bridge import Error, Status, connect  # noqa: E402
 from ipc_bridge.harness.curve_keys import make_keys  # noqa: E402
+from peer_support import client, ended, peer, run_client, served  # noqa: E402
+from processes import fds, rss_bytes, sleeps, stopped  # noqa: E402
+from support import LANGUAGES, MIB, until  # noqa: E402
 
 SCHEMES = ("zmq+ipc", "zmq+tcp")
 of_servers = pytest.mark.parametrize("server", LANGUAGES)

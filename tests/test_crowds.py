@@ -1,0 +1,268 @@
+"""Too many of them, or for too long: rows 25, 27 and 30 of the conformance table, and what it costs
+to idle or to read no further (rows 4 and 10)."""
+
+import os
+import resource
+import time
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+import pytest
+
+from hosts import SEEN_S, Host, of_servers, over_transports
+from ipc_bridge import Error, Status, connect
+from ipc_bridge.transports.pipe import PipeStream
+from peer_support import (
+    served,
+)
+from processes import (
+    cpu_s,
+    fds,
+    rss_bytes,
+    threads,
+)
+from raw import (
+    CALL_KIND,
+    END_KIND,
+    WINDOW_BYTES,
+    Raw,
+    call,
+    header,
+    hello,
+    stream_call,
+)
+from support import FRAMED, LANGUAGES, MIB, SANITIZED, listen_url, until
+
+pytestmark = pytest.mark.usefixtures("nothing_left")
+
+# --- rows 25 and 30: too many ---
+
+
+def limit_fds(pid: int, spare: int) -> tuple[int, int]:
+    """Leave a process so many descriptors to open; the limit that it had."""
+    used = {int(name) for name in os.listdir(f"/proc/{pid}/fd")}
+    free = [number for number in range(len(used) + spare + 1) if number not in used]
+    while len(free) <= spare:
+        free.append(max(*free, *used) + 1)
+    before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (free[spare], before[1]))
+    return before
+
+
+@pytest.mark.parametrize("spare", [1, 2, 3, 5])
+@of_servers
+@over_transports
+def test_a_server_out_of_descriptors(scheme: str, server: str, spare: int, runtime: Path) -> None:
+    """Whoever comes then waits; the server sleeps, and takes clients again once it can."""
+    if scheme.startswith("zmq"):
+        pytest.skip(
+            "libzmq ends the process (ipc), or spins (tcp), when accept(2) has no descriptor"
+        )
+    if scheme != "pipe" and spare != 3:
+        pytest.skip("only on pipe does a client cost several descriptors")
+    if SANITIZED and server == "cpp":
+        pytest.skip("UBSan looks at memory through a pipe(2) of its own, and errs without one")
+    with served(listen_url(scheme, runtime), server) as up:
+        quiet = threads(up.pid)
+        with connect(up.url) as warm:
+            warm.echo(b"warm")
+        assert until(lambda: threads(up.pid) == quiet)
+        before = limit_fds(up.pid, spare)
+        with ExitStack() as open_still:
+            for _ in range(spare + 3):
+                with suppress(Error):
+                    open_still.enter_context(Raw.connect(up.url, 0.1))
+            used = cpu_s(up.pid)
+            time.sleep(0.5)  # the time in which it must not spin
+            assert up.process.poll() is None, "the server has died"
+            assert cpu_s(up.pid) - used < 0.1
+        # Not enough for even one client of pipe; and System V's first needs a watcher's, too.
+        if spare < 3 or scheme.startswith("sysv"):
+            resource.prlimit(up.pid, resource.RLIMIT_NOFILE, before)
+
+        def answers() -> bool:
+            """(While those who have gone still hold theirs, one more may be refused.)"""
+            with suppress(Error), connect(up.url, timeout=1.0) as bridge:
+                return bytes(bridge.echo(b"again", timeout=1.0)) == b"again"
+            return False
+
+        assert until(answers, 2.0)
+
+
+@of_servers
+def test_a_server_out_of_memory_turns_one_client_away(server: str, runtime: Path) -> None:
+    """Who asks for more than there is goes, and nobody else does."""
+    if SANITIZED and server == "cpp":
+        pytest.skip("a sanitizer reserves more than any limit")
+    url = listen_url("unix", runtime)
+    with served(url, server, "--max-payload", "2GiB") as up, connect(up.url) as control:
+        control.echo(b"warm")
+        resource.prlimit(up.pid, resource.RLIMIT_AS, (1200 * MIB, resource.RLIM_INFINITY))
+        with Raw.connect(up.url) as raw:
+            raw.send(hello() + header(CALL_KIND, 1500 * MIB, code=1, call_id=1))
+            _, answer = raw.frames()
+            assert (answer.kind, answer.call_id) == (END_KIND, 0)
+            assert answer.code == Status.RESOURCE_EXHAUSTED
+            assert answer.payload == b"the server is out of memory"
+        assert bytes(control.echo(b"still here", timeout=2.0)) == b"still here"
+
+
+@of_servers
+def test_who_only_stops_sending_keeps_no_thread_busy(server: str, runtime: Path) -> None:
+    """Its end-of-file shows while the server waits to write an answer that is not read."""
+    with served(listen_url("pipe", runtime), server) as up, Raw.connect(up.url) as raw:
+        raw.send(hello() + call(1, bytes(MIB)))
+        tasks = Path(f"/proc/{up.pid}/task")
+
+        def all_sleep() -> bool:
+            states = [(one / "stat").read_text().rpartition(")")[2][1] for one in tasks.iterdir()]
+            return set(states) == {"S"}
+
+        assert isinstance(raw.stream, PipeStream)
+        assert until(all_sleep)
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), raw.stream._write_fd, inheritable=False)
+        for _ in range(20):
+            time.sleep(0.01)
+            assert all_sleep()
+        _, answer = raw.frames(2)
+        assert (answer.kind, len(answer.payload)) == (END_KIND, MIB)
+
+
+CROWD_S = 5.0 if SANITIZED else 3.0  # below the time in which the silent are sent away
+STRANGERS_MAX = 256
+
+
+@of_servers
+@pytest.mark.parametrize("scheme", ["unix", "tcp"])
+def test_a_crowd_has_a_bound(scheme: str, server: str, runtime: Path) -> None:
+    """However quickly they come: the oldest makes room before the next is let in."""
+    with served(listen_url(scheme, runtime), server) as up, ExitStack() as crowd:
+        most = 0
+        for number in range(800):
+            crowd.enter_context(Raw.connect(up.url))
+            if number % 10 == 0:
+                most = max(most, threads(up.pid))
+        assert max(most, threads(up.pid)) <= STRANGERS_MAX + 8  # of its own, or about to end
+
+
+@of_servers
+@over_transports
+def test_ten_thousand_come_and_go(scheme: str, server: str, runtime: Path) -> None:
+    """Row 27: fds, threads and memory stay what they were."""
+    many = 10_000 if scheme == "unix" else 3000
+    if SANITIZED:
+        many = 1000
+    with served(listen_url(scheme, runtime), server) as up:
+        at_first = fds(up.pid), threads(up.pid)  # the server's own
+
+        def is_as_at_first() -> bool:
+            return fds(up.pid) <= at_first[0] and threads(up.pid) <= at_first[1]
+
+        def come_and_go(count: int) -> int:
+            for number in range(count):
+                with Raw.connect(up.url) as raw:
+                    raw.send(hello() + call(1, b"x" * (number % 100)))
+                    if number % 10 == 0:  # the others leave without a word
+                        assert len(raw.frames(2)) == 2
+            assert until(is_as_at_first), (at_first, fds(up.pid), threads(up.pid))
+            return rss_bytes(up.pid)
+
+        with connect(up.url) as control:
+            control.echo(b"warm")
+        before = come_and_go(many // 10)
+        after = come_and_go(many - many // 10)
+        if not SANITIZED:
+            assert after - before < 8 * MIB
+
+
+@of_servers
+@over_transports
+def test_a_hundred_clients_share_fairly(scheme: str, server: str, runtime: Path) -> None:
+    """Row 27: each has its turn, max/min < 10. One loop asks all of them, so that it is the server
+    that shares, and not the clients' scheduler."""
+    with served(listen_url(scheme, runtime), server) as up, ExitStack() as crowd:
+        raws = [crowd.enter_context(Raw.connect(up.url)) for _ in range(100)]
+        for raw in raws:
+            raw.send(hello())
+            assert len(raw.frames(1)) == 1
+            raw.send(call(1, b"x"))
+        answers = [0] * len(raws)
+        buffer = memoryview(bytearray(MIB))
+        end_s = time.monotonic() + 2.0
+        while time.monotonic() < end_s:
+            for at, raw in enumerate(raws):
+                if raw.stream.try_read(buffer) > 0:  # one short answer, whole
+                    answers[at] += 1
+                    raw.send(call(answers[at] + 1, b"x"))
+            time.sleep(0.0005)  # the servers have the cores too
+        assert min(answers) * 10 > max(answers)
+
+
+@of_servers
+@over_transports
+def test_a_crowd_that_never_says_hello(scheme: str, server: str, runtime: Path) -> None:
+    with served(listen_url(scheme, runtime), server) as up, ExitStack() as crowd:
+        for _ in range(300):
+            crowd.enter_context(Raw.connect(up.url))
+        began = time.monotonic()
+        with connect(up.url, timeout=CROWD_S) as bridge:
+            assert bytes(bridge.echo(b"hello", timeout=CROWD_S)) == b"hello"
+        assert time.monotonic() - began < CROWD_S
+
+
+def test_who_never_says_hello_is_dropped(tmp_path: Path) -> None:
+    """After 5 s; all servers wait at the same time."""
+    with ExitStack() as running:
+        silent: list[Raw] = []
+        for language in LANGUAGES:
+            for scheme in FRAMED:
+                directory = tmp_path / language
+                directory.mkdir(exist_ok=True)
+                up = running.enter_context(served(listen_url(scheme, directory), language))
+                silent.append(running.enter_context(Raw.connect(up.url)))
+                silent[-1].send(hello()[:10])  # a part of one is none
+        began = time.monotonic()
+        for raw in silent:
+            left = 5 + SEEN_S - (time.monotonic() - began)
+            raw.frames(seconds=max(0.0, left))
+            assert raw.ended
+        assert time.monotonic() - began > 3.0
+
+
+# --- what it costs ---
+
+
+@pytest.mark.parametrize("wait", ["block", "adaptive"])
+@of_servers
+def test_who_idles_costs_nothing(server: str, wait: str, tmp_path: Path) -> None:
+    with ExitStack() as running:
+        pids = []
+        for scheme in FRAMED:
+            up = running.enter_context(
+                served(f"{listen_url(scheme, tmp_path)}?wait={wait}", server)
+            )
+            bridge = running.enter_context(connect(up.url))
+            assert bytes(bridge.echo(b"warm")) == b"warm"
+            pids.append(up.pid)
+        time.sleep(0.1)
+        before = [cpu_s(pid) for pid in pids]
+        time.sleep(1.0)
+        used = [cpu_s(pid) - old for pid, old in zip(pids, before, strict=True)]
+        assert max(used) <= 0.02, dict(zip(FRAMED, used, strict=True))
+
+
+@pytest.mark.parametrize("window", [1, WINDOW_BYTES, 64 * MIB], ids=["1B", "4MiB", "64MiB"])
+def test_a_reader_that_stops_costs_its_window_at_most(host: Host, window: int) -> None:
+    with connect(host.url) as bridge:  # so that what is kept for good is there already
+        for _ in bridge.stream(500, 64 << 10):
+            pass
+    before = rss_bytes(host.pid)
+    with Raw.connect(host.url) as raw:
+        raw.send(hello(window=window) + stream_call(1, 10**9, 64 << 10))
+        peak = 0
+        for _ in range(20):
+            time.sleep(0.02)
+            peak = max(peak, rss_bytes(host.pid))
+        host.check("during")
+    assert peak - before < window + 8 * MIB
