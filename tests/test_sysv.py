@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from ipc_bridge import CallError, Error, Status, connect
+from ipc_bridge.transports import sysv_objects as sysv
 from peer_support import kill, peer, run_client, served
 from processes import enter_private_ipc, sysv_objects
 from support import LANGUAGES, listen_url, until
@@ -39,6 +40,30 @@ def _nothing_is_left() -> Iterator[None]:
     before = sysv_objects()
     yield
     assert until(lambda: sysv_objects() <= before, SEEN_S), sysv_objects() - before
+
+
+class Witness(sysv.Watched):
+    """Is watched, and notes when it is told that its peer has gone."""
+
+    told = False
+
+    def on_gone(self) -> bool:
+        self.told = True
+        return True
+
+
+def test_an_event_of_a_closed_descriptor_ends_nobody_else() -> None:
+    """It may reach the watcher when its number is that of another life-line already."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        witness = Witness(ours)
+        watcher = sysv.watch(witness)
+        with sysv._changes:
+            watcher._tell_gone(ours.fileno())
+        assert not witness.told
+        theirs.close()
+        assert until(lambda: witness.told, SEEN_S)
+        sysv.unwatch(witness)
 
 
 @over_schemes
@@ -193,6 +218,7 @@ def test_a_large_payload_through_a_tiny_queue(server: str, caller: str, tmp_path
 @of_servers
 def test_a_thousand_strangers_make_nothing(scheme: str, server: str, tmp_path: Path) -> None:
     """Row 30: no object is made for who sends no record."""
+    import socket
 
     before = sysv_objects()
     with served(listen_url(scheme, tmp_path), server) as up:

@@ -274,7 +274,8 @@ class Watcher {
     }
 
     void tell_gone(int fd) {
-        if (const auto found = by_fd_.find(fd); found != by_fd_.end()) {
+        // The event may be of a descriptor that was closed since, whose number a new one has now.
+        if (const auto found = by_fd_.find(fd); found != by_fd_.end() && meeting::is_over(fd)) {
             Watched* one = found->second;
             by_fd_.erase(found);
             ::epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, fd, nullptr);

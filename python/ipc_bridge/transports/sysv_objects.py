@@ -120,9 +120,9 @@ class Watcher:
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def add(self, one: Watched) -> None:
+        self._epoll.register(one.fd, select.EPOLLRDHUP | select.EPOLLONESHOT)
         self.all[one] = None
         self._by_fd[one.fd] = one
-        self._epoll.register(one.fd, select.EPOLLRDHUP | select.EPOLLONESHOT)
         if not self._thread.is_alive():
             self._thread.start()
 
@@ -171,8 +171,10 @@ class Watcher:
         return min((one.wake_ns for one in list(self.all)), default=NEVER)
 
     def _tell_gone(self, fd: int) -> None:
-        one = self._by_fd.pop(fd, None)
-        if one is not None:
+        one = self._by_fd.get(fd)
+        # The event may be of a descriptor that was closed since, whose number a new one has now.
+        if one is not None and is_over(one.life_line):
+            del self._by_fd[fd]
             self._epoll.unregister(fd)
             if one.on_gone():
                 del self.all[one]
