@@ -147,7 +147,7 @@ class Served(NamedTuple):
     def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
         """Tell it to stop; its exit code."""
         self.process.send_signal(number)
-        return self.process.wait(EXIT_S)
+        return self.process.wait(TIMEOUT_S)
 
 
 def start_server(url: str, language: str, *words: str, nobody: bool = False) -> Served:

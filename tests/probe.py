@@ -25,10 +25,10 @@ from typing import Any, cast
 from ipc_bridge import Bridge, Call, Error, Service, Status, connect, make_service, serve
 from ipc_bridge.client import Items
 from ipc_bridge.frame import PAYLOAD_BYTES_MAX, Buffer
-from ipc_bridge.server import CLIENTS_MAX, Item
+from ipc_bridge.server import CLIENTS_MAX, Callee, Item
 from ipc_bridge.service import Pattern
 from ipc_bridge.session import WINDOW_BYTES
-from ipc_bridge.system import now_ns
+from ipc_bridge.system import Signals, now_ns
 
 SECONDS = struct.Struct("<d")
 Json = dict[str, Any]
@@ -117,7 +117,13 @@ def probe_service() -> Service:
     return service
 
 
+def stop_at(signals: Signals, server: Callee) -> None:
+    signals.wait()
+    server.stop()
+
+
 def run_server(arguments: argparse.Namespace) -> int:
+    signals = Signals(signal.SIGTERM)
     with serve(
         arguments.url,
         probe_service(),
@@ -125,7 +131,7 @@ def run_server(arguments: argparse.Namespace) -> int:
         payload_bytes_max=arguments.max_payload,
         clients_max=arguments.clients_max,
     ) as server:
-        signal.signal(signal.SIGTERM, lambda number, at: server.stop())
+        threading.Thread(target=stop_at, args=(signals, server), daemon=True).start()
         if not server.url.startswith("stdio:"):
             print(f"ready {server.url}", flush=True)
         server.run()

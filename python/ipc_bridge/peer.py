@@ -13,6 +13,7 @@ import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn
 
@@ -21,7 +22,7 @@ from ipc_bridge import client, frame, load, server, session
 from ipc_bridge.endpoint import SCHEMES, connect, serve, way_of
 from ipc_bridge.errors import Error, Status
 from ipc_bridge.service import STAMP, Bridge, Pattern
-from ipc_bridge.system import checked, now_ns
+from ipc_bridge.system import Signals, checked, now_ns
 
 LANGUAGE = "py"
 PROGRAM = "python -m ipc_bridge.peer"
@@ -490,23 +491,17 @@ class StopSignals:
     """SIGTERM and SIGINT: the first drains the server, the second ends the program at once."""
 
     def __init__(self) -> None:
-        self._server: server.Callee | None = None
-        self._came = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
+        self._signals = Signals(signal.SIGTERM, signal.SIGINT)
 
     def watch(self, running: server.Callee) -> None:
         """The server to stop; at once if a signal came while it was starting."""
-        self._server = running
-        if self._came:
-            running.stop()
+        threading.Thread(target=self._await, args=(running,), daemon=True).start()
 
-    def _on_signal(self, number: int, at: object) -> None:
-        if self._came:
-            os._exit(EXIT_INTERRUPTED)
-        self._came = True
-        if self._server:
-            self._server.stop()
+    def _await(self, running: server.Callee) -> None:
+        self._signals.wait()
+        running.stop()
+        self._signals.wait()
+        os._exit(EXIT_INTERRUPTED)
 
 
 def on_interrupt(number: int, at: object) -> None:

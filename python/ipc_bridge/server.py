@@ -486,7 +486,8 @@ class Callee(Protocol):
         within the grace, and cut what is left."""
 
     def stop(self) -> None:
-        """From any thread, or a signal handler: make `run` return."""
+        """From any thread, or a signal handler (which Python may run late: see system.Signals):
+        make `run` return."""
 
     def close(self) -> None:
         """Stop listening, and remove the address. From any thread: a `run` under way is told to

@@ -10,6 +10,7 @@ import errno
 import fcntl
 import os
 import select
+import signal
 import socket
 import stat
 import struct
@@ -271,6 +272,30 @@ class Wakeup:
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
+
+
+class Signals:
+    """Signals that a thread waits for, in place of a handler.
+
+    A handler in Python runs only once the main thread is back from the kernel: if the signal came
+    just before it went there to sleep, that may be never. The descriptor of signal.set_wakeup_fd is
+    written at once, from whichever thread the signal has hit.
+    """
+
+    def __init__(self, *numbers: int) -> None:
+        """From the main thread, for the rest of the process's life: there can be but one."""
+        self._numbers = numbers
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        signal.set_wakeup_fd(self._writer.fileno())
+        for number in numbers:
+            signal.signal(number, lambda number, at: None)
+
+    def wait(self) -> int:
+        """Sleep until one of them comes, or has come since the last time: its number."""
+        while (number := self._reader.recv(1)[0]) not in self._numbers:
+            pass  # that of another handler
+        return number
 
 
 def sleep_until_ready(poll: select.poll, deadline_ns: int) -> bool:

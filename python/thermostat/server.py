@@ -2,17 +2,25 @@
 
 import signal
 import sys
+import threading
 
 from ipc_bridge.endpoint import listen
 from ipc_bridge.errors import Error
+from ipc_bridge.server import Callee
+from ipc_bridge.system import Signals
 from thermostat.service import make_service
 
 
+def stop_at(signals: Signals, server: Callee) -> None:
+    signals.wait()
+    server.stop()
+
+
 def main(url: str) -> int:
+    signals = Signals(signal.SIGTERM, signal.SIGINT)
     try:
         with listen(url, make_service()) as server:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, lambda *_: server.stop())
+            threading.Thread(target=stop_at, args=(signals, server), daemon=True).start()
             print(f"ready {server.url}", flush=True)  # whoever starts us waits for this line
             server.run()
     except Error as error:
