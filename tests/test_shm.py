@@ -1,4 +1,4 @@
-"""`shm` without its native module, or with one of no use: one line says so, and nothing else fails."""
+"""`shm` without its native module, or with one of no use: one line says so; no other fails."""
 
 import re
 import subprocess
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from faults_support import EXIT_STATUS, TIMEOUT_S, served
 from ipc_bridge import Status
+from peer_support import EXIT_STATUS, TIMEOUT_S, served
 
 HIDDEN = """
 import sys

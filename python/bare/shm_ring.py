@@ -16,7 +16,7 @@ import rounds
 SLOTS, SLOT_BYTES, HEAD_BYTES = 16, 16384, 8
 WAY_BYTES = SLOTS * SLOT_BYTES
 ACQUIRE, RELEASE = 2, 3  # as gcc numbers them
-SYS_FUTEX = {"x86_64": 202, "aarch64": 98}.get(os.uname().machine)
+SYS_FUTEX = {"x86_64": 202, "aarch64": 98}[os.uname().machine]  # of Linux, for each processor
 FUTEX_WAIT, FUTEX_WAKE = 0, 1
 libc = ctypes.CDLL(None)
 with rounds.checked("dlopen"):
