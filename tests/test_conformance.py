@@ -82,7 +82,7 @@ def test_streams_of_any_length(peers: Peers) -> None:
     """Row 8: the exact count, in order, verified to the last byte."""
     client = peers.start()
     languages = {peers.client_language, peers.server_language}
-    many = 200_000 if languages == {"py"} or SANITIZED else 1_000_000  # else it takes too long
+    many = 200_000 if "py" in languages or SANITIZED else 1_000_000  # else it takes too long
     if peers.is_grpc:
         many = 20_000 if "py" in languages else 200_000
     for count in (0, 1, many):
@@ -240,11 +240,10 @@ def test_a_second_call_on_a_busy_connection(peers: Peers) -> None:
 
 
 @only_shared
-def test_twenty_clients_at_once(peers: Peers) -> None:
+def test_many_clients_at_once(peers: Peers) -> None:
     """Row 27, in small: each gets its own answers."""
     peers.serve()
-    # Twenty Pythons that load gRPC take longer than all that they do.
-    count = 6 if peers.is_grpc and peers.client_language == "py" else 20
+    count = 6 if peers.client_language == "py" else 20  # to start takes Python longer than the rest
     clients = [peers.connect() for _ in range(count)]
     commands: list[dict[str, object]] = [
         {"op": "echo", "size": 100_000},
@@ -267,7 +266,7 @@ def test_signals_all_the_time(peers: Peers) -> None:
     client = peers.connect(environment=alarm)
     client.do(op="echo", size=10)
     client.do(op="echo", size=16 * MIB)
-    client.do(op="stream", count=20_000, size=1000)
+    client.do(op="stream", count=2000 if peers.is_grpc else 20_000, size=1000)
     client.do(op="stream", count=50, size=100, rate=200.0)
     assert client.do(op="call", method=11, seconds=0.2)["text"] == "slept"
     answer = client.ask(op="call", method=11, seconds=30.0, timeout=0.1)
