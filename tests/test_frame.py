@@ -313,7 +313,7 @@ class DecoderMachine(RuleBasedStateMachine):
         self.plain.at = at
         first = expected[0][5] if expected else 0
         cost = 0
-        for view in self.decoder.items(7, first, bytes_max):
+        for view in self.decoder.batch(7, first, bytes_max) or ():
             assert cost < bytes_max, "an item without credit"
             expected = self.plain.next()
             assert expected is not None
@@ -428,7 +428,7 @@ def test_decoder_items_count_beyond_the_wrap() -> None:
     space = decoder.space()
     space[: len(data)] = data
     decoder.filled(len(data))
-    assert len(decoder.items(1, 0xFFFFFFFD, 1000)) == 6
+    assert len(decoder.batch(1, 0xFFFFFFFD, 1000) or ()) == 6
 
 
 def test_decoder_items_leave_one_above_the_limit_to_next() -> None:
@@ -437,8 +437,8 @@ def test_decoder_items_leave_one_above_the_limit_to_next() -> None:
     space = decoder.space()
     space[: len(data)] = data
     decoder.filled(len(data))
-    assert [len(view) for view in decoder.items(1, 0, 1000)] == [10]
-    assert decoder.items(1, 1, 1000) == []
+    assert [len(view) for view in decoder.batch(1, 0, 1000) or ()] == [10]
+    assert decoder.batch(1, 1, 1000) is None
     with pytest.raises(ProtocolError, match="ITEM of 11 bytes"):
         decoder.next()
 

@@ -13,7 +13,6 @@
 #include <span>
 #include <string>
 #include <utility>
-#include <vector>
 
 #include <ipc_bridge/errors.hpp>
 #include <ipc_bridge/frame.hpp>
@@ -39,17 +38,9 @@ struct ConnectOptions {
 class ItemSource {
   public:
     virtual ~ItemSource() = default;
-    virtual std::optional<Bytes> next() = 0;
+    // All that are here, at least one; none at the end. They live until the next are asked for.
+    virtual std::span<const Bytes> next() = 0;
     virtual void close() noexcept = 0;
-
-    // All that are here, at least one; none at the end.
-    virtual std::span<const Bytes> next_batch() {
-        one_ = next();
-        return one_ ? std::span<const Bytes>(&*one_, 1) : std::span<const Bytes>();
-    }
-
-  private:
-    std::optional<Bytes> one_;
 };
 
 // The items of an open stream, in order; each is a view that lives until the next.
@@ -64,14 +55,20 @@ class Items {
     ~Items() { close(); }
 
     // The next item; nothing at the end.
-    std::optional<Bytes> next() { return source_->next(); }
+    std::optional<Bytes> next() {
+        Bytes item;
+        return take(item) ? std::optional(item) : std::nullopt;
+    }
 
     // The next items, all that are here at once: for many small ones. Each is a view as `next`
     // gives it, and all live until the next; none at the end. (Python: `batches`.)
-    std::span<const Bytes> next_batch() { return source_->next_batch(); }
+    std::span<const Bytes> next_batch() {
+        return ready_.empty() ? source_->next() : std::exchange(ready_, {});
+    }
 
     // Cancel the call unless it has ended. Idempotent.
     void close() noexcept {
+        ready_ = {};
         if (source_) {
             source_->close();
         }
@@ -82,24 +79,38 @@ class Items {
         using iterator_concept = std::input_iterator_tag;
         using difference_type = std::ptrdiff_t;
         using value_type = Bytes;
-        explicit Iterator(ItemSource* source) : source_(source), item_(source->next()) {}
-        Bytes operator*() const { return *item_; }
+        explicit Iterator(Items& items) : items_(items.take(item_) ? &items : nullptr) {}
+        Bytes operator*() const { return item_; }
         Iterator& operator++() {
-            item_ = source_->next();
+            items_ = items_->take(item_) ? items_ : nullptr;
             return *this;
         }
         void operator++(int) { ++*this; }
-        bool operator==(std::default_sentinel_t) const { return !item_; }
+        bool operator==(std::default_sentinel_t) const { return items_ == nullptr; }
 
       private:
-        ItemSource* source_;
-        std::optional<Bytes> item_;
+        Bytes item_;
+        Items* items_;  // null at the end
     };
-    Iterator begin() { return Iterator(source_.get()); }
+    Iterator begin() { return Iterator(*this); }
     std::default_sentinel_t end() const { return {}; }
 
   private:
+    // (Not an optional: to copy one, its flag and its span, costs more than the rest of an item.)
+    bool take(Bytes& item) {
+        if (ready_.empty()) {
+            ready_ = source_->next();
+            if (ready_.empty()) {
+                return false;
+            }
+        }
+        item = ready_.front();
+        ready_ = ready_.subspan(1);
+        return true;
+    }
+
     std::unique_ptr<ItemSource> source_;
+    std::span<const Bytes> ready_;  // taken from the source, and not yet given out
 };
 
 // What makes calls: `Client`, or another with the same face.
@@ -172,40 +183,9 @@ class Client : public Caller {
       public:
         explicit Source(Client& client) : client_(client) {}
 
-        std::optional<Bytes> next() override {
-            if (open_ && at_ < views_->size()) {
-                return (*views_)[at_++];
-            }
-            return more();
-        }
-
-        std::span<const Bytes> next_batch() override {
-            if (at_ == views_->size() || !open_) {
-                one_ = more();
-                if (!one_) {
-                    return {};
-                }
-                if (at_ == 0) {  // it came alone
-                    return {&*one_, 1};
-                }
-                at_ = 0;
-            }
-            return std::span(*views_).subspan(std::exchange(at_, views_->size()));
-        }
-
-        void close() noexcept override {
-            if (std::exchange(open_, false)) {
-                try {
-                    client_.cancel();
-                } catch (const Error&) {  // the connection is gone, and the call with it
-                }
-            }
-        }
-
-      private:
-        std::optional<Bytes> more() {
+        std::span<const Bytes> next() override {
             if (!open_) {
-                return std::nullopt;
+                return {};
             }
             ClientSession& session = client_.session_;
             session.consumed();
@@ -219,27 +199,31 @@ class Client : public Caller {
                 if (client_.is_late()) {
                     client_.expire();
                 }
-                views_ = &session.items();
-                at_ = 0;
-                if (!views_->empty()) {
-                    return (*views_)[at_++];
+                if (const std::span<const Bytes> items = session.items(); !items.empty()) {
+                    return items;
                 }
                 if (client_.event() == Kind::ITEM) {
-                    return session.payload;
+                    return {&session.payload, 1};
                 }
             } catch (...) {
                 open_ = false;
                 throw;
             }
             open_ = false;
-            return std::nullopt;
+            return {};
         }
 
-        static inline const std::vector<Bytes> none_{};
+        void close() noexcept override {
+            if (std::exchange(open_, false)) {
+                try {
+                    client_.cancel();
+                } catch (const Error&) {  // the connection is gone, and the call with it
+                }
+            }
+        }
+
+      private:
         Client& client_;
-        const std::vector<Bytes>* views_ = &none_;
-        std::size_t at_ = 0;
-        std::optional<Bytes> one_;
         bool open_ = true;
     };
 

@@ -158,11 +158,13 @@ class Outbox {
 
     // Append one frame.
     void put(const Header& header, Bytes payload = {}) {
-        append(std::as_bytes(std::span(&header, 1)));
-        if (payload.size() <= join_bytes_max) {
-            append(payload);
-        } else {
+        const bool joined = payload.size() <= join_bytes_max;
+        std::byte* into = extend(header_bytes + (joined ? payload.size() : 0));
+        std::memcpy(into, &header, header_bytes);
+        if (!joined) {
             parts_.push_back({payload.data(), 0, payload.size()});
+        } else if (!payload.empty()) {  // else its data may be null
+            std::memcpy(into + header_bytes, payload.data(), payload.size());
         }
         size_ += header_bytes + payload.size();
     }
@@ -205,7 +207,8 @@ class Outbox {
         small_capacity_ = small_size_ = 0;
         for (std::size_t i = first; i < rest.size(); ++i) {
             const std::byte* base = rest[i].outside ? rest[i].outside : small.get();
-            append({base + rest[i].begin, rest[i].end - rest[i].begin});
+            const std::size_t size = rest[i].end - rest[i].begin;
+            std::memcpy(extend(size), base + rest[i].begin, size);
         }
     }
 
@@ -219,22 +222,20 @@ class Outbox {
         std::size_t end;
     };
 
-    void append(Bytes bytes) {
-        if (bytes.empty()) {
-            return;
-        }
-        if (small_size_ + bytes.size() > small_capacity_) {
-            small_capacity_ = std::max(small_size_ + bytes.size(), 2 * small_capacity_);
+    // Room for `count` more bytes of small frames.
+    std::byte* extend(std::size_t count) {
+        if (small_size_ + count > small_capacity_) {
+            small_capacity_ = std::max(small_size_ + count, 2 * small_capacity_);
             auto grown = std::make_unique_for_overwrite<std::byte[]>(small_capacity_);
             std::copy_n(small_.get(), small_size_, grown.get());
             small_ = std::move(grown);
         }
-        std::memcpy(small_.get() + small_size_, bytes.data(), bytes.size());
         if (parts_.empty() || parts_.back().outside) {
             parts_.push_back({nullptr, small_size_, small_size_});
         }
-        small_size_ += bytes.size();
+        small_size_ += count;
         parts_.back().end = small_size_;
+        return small_.get() + small_size_ - count;
     }
 
     std::size_t size_ = 0;
@@ -305,12 +306,12 @@ class Decoder {
     }
 
     // The payloads of the ITEMs of `call_id` that stand ready, numbered from `index` on, into
-    // `out`.
+    // `out`; returns what they cost.
     //
     // The loop that a stream of small items spends its time in, so it takes the frame apart by
     // itself; at any frame that is not plainly the next item it stops, and `next` judges it.
     // It also stops once the items cost `bytes_max`.
-    void items(
+    std::int64_t items(
         std::uint32_t call_id, std::uint32_t index, std::int64_t bytes_max, std::vector<Bytes>& out
     ) {
         out.clear();
@@ -330,10 +331,11 @@ class Decoder {
             start = stop;
             ++index;
         }
-        if (!out.empty()) {
-            start_ = start;
-            need_ = 0;
+        if (out.empty()) {
+            return 0;
         }
+        need_ = 0;
+        return static_cast<std::int64_t>(start - std::exchange(start_, start));
     }
 
     // Keep the payload that `next` returned last valid while more input is read.

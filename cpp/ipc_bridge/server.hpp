@@ -25,6 +25,7 @@
 #include <mutex>
 #include <new>
 #include <optional>
+#include <span>
 #include <string>
 #include <system_error>
 #include <thread>
@@ -70,22 +71,22 @@ struct Pause {
 class Payload {
   public:
     Payload() = default;
-    Payload(Bytes view) : data_(view) {}
-    Payload(std::vector<std::byte> bytes) : data_(std::move(bytes)) {}
-    Payload(std::string text) : data_(std::move(text)) {}
+    Payload(Bytes view) : bytes_(view) {}
+    Payload(std::vector<std::byte> bytes) { own(std::move(bytes)); }
+    Payload(std::string text) { own(std::move(text)); }
 
-    Bytes bytes() const {
-        if (const auto* view = std::get_if<Bytes>(&data_)) {
-            return *view;
-        }
-        if (const auto* own = std::get_if<std::vector<std::byte>>(&data_)) {
-            return *own;
-        }
-        return bytes_of(std::get<std::string>(data_));
-    }
+    Bytes bytes() const { return bytes_; }
 
   private:
-    std::variant<Bytes, std::vector<std::byte>, std::string> data_;
+    template <class Owned>
+    void own(Owned owned) {
+        auto owner = std::make_shared<const Owned>(std::move(owned));
+        bytes_ = std::as_bytes(std::span(*owner));
+        owner_ = std::move(owner);
+    }
+
+    Bytes bytes_;
+    std::shared_ptr<const void> owner_;  // null: the handler's
 };
 
 class Call;
@@ -409,8 +410,8 @@ class Connection {
                 due_ns_ = 0;
                 stride_ = 1;
             } else {
-                reply_ = service_.find_unary(session.method)(*call_, session.payload);
-                end(reply_.bytes());
+                unsent_ = service_.find_unary(session.method)(*call_, session.payload);
+                end(unsent_.bytes());
             }
         });
     }
@@ -427,6 +428,7 @@ class Connection {
         if (due_ns_ != 0 && now_ns() >= due_ns_) {
             due_ns_ = 0;
         }
+        looked_ns_ = now_ns();
         guarded([&] {
             while (due_ns_ == 0 && make_stride()) {
             }
@@ -436,30 +438,31 @@ class Connection {
 
     // Make a few items; false once it is time to send what is made.
     bool make_stride() {
-        const std::int64_t began_ns = now_ns();
         for (int i = 0; i < stride_; ++i) {
             if (session.credit <= 0) {
                 return false;
             }
-            item_ = producer_();
+            std::optional<Item> item = producer_();
             if (session.state != State::RUNNING || session.cancelled) {
                 return false;  // the handler looked, and the client has left
             }
-            if (!item_) {
+            if (!item) {
                 end({});
                 return false;
             }
-            if (const auto* pause = std::get_if<Pause>(&*item_)) {
+            if (const auto* pause = std::get_if<Pause>(&*item)) {
                 due_ns_ = pause->until_ns;
                 return false;
             }
-            const Bytes bytes = std::get<Payload>(*item_).bytes();
-            session.item(bytes);
-            if (bytes.size() > frame::join_bytes_max) {
+            auto& payload = std::get<Payload>(*item);
+            session.item(payload.bytes());
+            if (payload.bytes().size() > frame::join_bytes_max) {
+                unsent_ = std::move(payload);
                 return false;  // it is not copied: out with it before the handler goes on
             }
         }
-        if (now_ns() - began_ns > stride_ns) {
+        const std::int64_t at_ns = now_ns();
+        if (at_ns - std::exchange(looked_ns_, at_ns) > stride_ns) {
             stride_ = 1;
             return false;
         }
@@ -520,10 +523,10 @@ class Connection {
     bool met_ = false;
     std::optional<ConnectionCall> call_;
     Producer producer_;
-    std::optional<Item> item_;  // the latest; what is not copied lives until it is sent
-    Payload reply_;             // likewise
-    std::int64_t due_ns_ = 0;   // no item before it
-    int stride_ = 1;            // items until the next look at the clock
+    Payload unsent_;  // the latest reply or large item: not copied, it lives until it is sent
+    std::int64_t due_ns_ = 0;     // no item before it
+    std::int64_t looked_ns_ = 0;  // at the clock, before this stride
+    int stride_ = 1;              // items until the next look
 };
 
 inline bool ConnectionCall::is_cancelled() {

@@ -268,22 +268,15 @@ class ClientSession : public Session {
     }
 
     // The payloads of the items that stand ready, for one pass; `consumed` when done.
-    const std::vector<Bytes>& items() {
-        views_.clear();
+    std::span<const Bytes> items() {
         if (state != State::OPEN || answer_id_ != call_id_ || !streaming_call_) {
-            return views_;
+            return {};
         }
         const std::int64_t bytes_max = std::min<std::int64_t>(allowed_, window_bytes / 2 + 1);
-        decoder.items(call_id_, index_, bytes_max, views_);
-        if (!views_.empty()) {
-            std::int64_t cost = 0;
-            for (const Bytes& view : views_) {
-                cost += static_cast<std::int64_t>(frame::header_bytes + view.size());
-            }
-            allowed_ -= cost;
-            index_ += static_cast<std::uint32_t>(views_.size());
-            owed_ += cost;
-        }
+        const auto cost = decoder.items(call_id_, index_, bytes_max, views_);
+        allowed_ -= cost;
+        index_ += static_cast<std::uint32_t>(views_.size());
+        owed_ += cost;
         return views_;
     }
 

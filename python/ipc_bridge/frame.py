@@ -372,33 +372,13 @@ class Decoder:
         self.payload = self._view[HEADER_BYTES:count]
         return header
 
-    def items(self, call_id: int, index: int, bytes_max: int) -> list[memoryview]:
-        """The payloads of the ITEMs of `call_id` that stand ready, numbered from `index` on.
-
-        The loop that a stream of small items spends its time in, so it takes the frame apart by
-        itself; at any frame that is not plainly the next item it stops, and `next` judges it.
-        It also stops once the items cost `bytes_max`.
-        """
-        out: list[memoryview] = []
-        buffer, view, start, end = self._buffer, self._view, self._start, self._end
-        unpack, limit = HEADER.unpack_from, start + bytes_max
-        while start + HEADER_BYTES <= end and start < limit:
-            fields = unpack(buffer, start)
-            stop = start + HEADER_BYTES + fields[0]
-            if stop > end or fields[1:] != (_ITEM, 0, 0, call_id, index):
-                break
-            if fields[0] > self.payload_bytes_max:
-                break
-            out.append(view[start + HEADER_BYTES : stop])
-            start = stop
-            index = (index + 1) & _U32
-        if out:
-            self._start = start
-            self._need = 0
-        return out
-
     def batch(self, call_id: int, index: int, bytes_max: int) -> Batch | None:
-        """What `items` gives, as one piece; None if no item stands ready."""
+        """The ITEMs of `call_id` that stand ready, numbered from `index` on; None if none does.
+
+        What a stream of small items spends its time in, so `walk` takes the frames apart by itself;
+        at any frame that is not plainly the next item it stops, and `next` judges it. It also stops
+        once the items cost `bytes_max`.
+        """
         start = self._start
         stop, offsets, sizes, uniform = walk(
             self._view, start, self._end, call_id, index, bytes_max, self.payload_bytes_max

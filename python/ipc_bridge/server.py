@@ -172,7 +172,8 @@ class Connection:
         self._undated = ConnectionCall(self, NEVER)  # for all small calls without a deadline
         self._items: Iterator[Item] | None = None
         self._due_ns = 0  # no item before it
-        self._stride = 1  # items until the next look at the clock
+        self._looked_ns = 0  # at the clock, before this stride
+        self._stride = 1  # items until the next look
 
     def run(self) -> None:
         """Serve the client until it goes, breaks the rules, or the server stops."""
@@ -404,6 +405,7 @@ class Connection:
             return  # an item in it may still be its handler's
         if self._due_ns and now_ns() >= self._due_ns:
             self._due_ns = 0
+        self._looked_ns = now_ns()
         try:
             while self._due_ns == 0 and self._make_stride():
                 pass
@@ -415,7 +417,6 @@ class Connection:
         """Make a few items; False once it is time to send what is made."""
         session, items = self.session, self._items
         assert items is not None
-        began_ns = now_ns()
         for _ in range(self._stride):
             if session.credit <= 0:
                 return False
@@ -431,7 +432,8 @@ class Connection:
             session.item(item)
             if len(item) > JOIN_BYTES_MAX:
                 return False  # it is not copied: out with it before the handler goes on
-        if now_ns() - began_ns > STRIDE_NS:
+        began_ns, self._looked_ns = self._looked_ns, now_ns()
+        if self._looked_ns - began_ns > STRIDE_NS:
             self._stride = 1
             return False
         self._stride = min(2 * self._stride, STRIDE_ITEMS_MAX)

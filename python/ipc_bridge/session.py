@@ -236,13 +236,8 @@ class ClientSession(Session):
 
     def items(self) -> list[memoryview]:
         """The payloads of the items that stand ready, for one pass; `consumed` when done."""
-        if self.state != State.OPEN or self._answer_id != self._call_id or not self._streaming:
-            return []
-        bytes_max = min(self._allowed, self.window_bytes // 2 + 1)
-        views = self.decoder.items(self._call_id, self._index, bytes_max)
-        if views:
-            self._took(len(views), len(views) * HEADER_BYTES + sum(map(len, views)))
-        return views
+        batch = self.batch()
+        return [] if batch is None else list(batch)
 
     def batch(self) -> Batch | None:
         """`items` as one piece; None if none stands ready."""
@@ -251,13 +246,10 @@ class ClientSession(Session):
         bytes_max = min(self._allowed, self.window_bytes // 2 + 1)
         batch = self.decoder.batch(self._call_id, self._index, bytes_max)
         if batch is not None:
-            self._took(len(batch), len(batch.view))
+            self._allowed -= len(batch.view)
+            self._owed += len(batch.view)
+            self._index = (self._index + len(batch)) & _U32
         return batch
-
-    def _took(self, count: int, cost: int) -> None:
-        self._allowed -= cost
-        self._index = (self._index + count) & _U32
-        self._owed += cost
 
     def consumed(self) -> None:
         """All items handed out were used; gives their credit back once half the window is due."""

@@ -29,6 +29,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <span>
 #include <string>
 #include <thread>
 #include <unordered_set>
@@ -208,18 +209,19 @@ class RpcClient : public Caller {
         grpc::ClientContext context;
         std::unique_ptr<grpc::ClientReader<StreamItem>> reader;
 
-        std::optional<Bytes> next() override {
+        std::span<const Bytes> next() override {
             if (!open_) {
-                return std::nullopt;
+                return {};
             }
             if (reader->Read(&item_)) {
-                return bytes_of(item_.payload());
+                view_ = bytes_of(item_.payload());
+                return {&view_, 1};
             }
             const grpc::Status status = finish();
             if (!status.ok()) {
                 throw client_.error_of(status);
             }
-            return std::nullopt;
+            return {};
         }
 
         void close() noexcept override {
@@ -238,6 +240,7 @@ class RpcClient : public Caller {
 
         RpcClient& client_;
         StreamItem item_;
+        Bytes view_;  // of its payload
         bool open_ = true;
     };
 
