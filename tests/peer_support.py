@@ -29,10 +29,7 @@ PEER = BUILD / "ipc-bridge-peer"
 AS_NOBODY = f"""
 import os, sys
 from ipc_bridge import peer
-try:
-    from ipc_bridge.transports import grpc_rpc
-except ImportError:
-    pass
+from ipc_bridge.transports import grpc_rpc, sysv_queue, sysv_shm, zeromq
 os.setgroups([])
 os.setresgid({NOBODY}, {NOBODY}, {NOBODY})
 os.setresuid({NOBODY}, {NOBODY}, {NOBODY})

@@ -224,6 +224,26 @@ class Runner:
     def close(self, command: Json, answer: Json) -> None:
         self.bridge.close()
 
+    def fork(self, command: Json, answer: Json) -> None:
+        """In mid-stream: the status that the child meets, which reads on and then closes."""
+        items = cast(Items, self.bridge.stream(10_000, 1000))
+        verifies = Pattern(1000).verifies
+        need(verifies(0, next(items)), "another first item")
+        child = os.fork()
+        if child == 0:
+            code = 99
+            try:
+                code = 0 if sum(1 for _ in items) else 1
+            except Error as error:
+                self.bridge.close()
+                code = error.status
+            finally:
+                os._exit(code)
+        answer["child"] = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        self.items = 1
+        self._walk(items, {}, verifies)
+        need(self.items == 10_000, "another count of items")
+
     def _walk(
         self, source: object, command: Json, verifies: Callable[[int, memoryview], bool]
     ) -> None:
@@ -252,6 +272,7 @@ OPS: dict[str, Callable[[Runner, Json, Json], None]] = {
     "busy": Runner.busy,
     "cancel_race": Runner.cancel_race,
     "close": Runner.close,
+    "fork": Runner.fork,
 }
 
 

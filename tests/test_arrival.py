@@ -29,6 +29,9 @@ EXISTS = EXIT_STATUS + Status.ALREADY_EXISTS
 REFUSED = EXIT_STATUS + Status.PERMISSION_DENIED
 UNAVAILABLE = EXIT_STATUS + Status.UNAVAILABLE
 
+WITH_SOCKETS = ["unix", "shm", "sysv-queue", "sysv-shm", "zmq+ipc"]
+WITH_FILES = ["pipe", *WITH_SOCKETS]
+
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
 # --- row 19: what the dead left behind ---
@@ -36,7 +39,7 @@ pytestmark = pytest.mark.usefixtures("nothing_left")
 
 @pytest.mark.parametrize("successor", LANGUAGES)
 @of_servers
-@pytest.mark.parametrize("scheme", ["pipe", "unix", "shm"])
+@pytest.mark.parametrize("scheme", WITH_FILES)
 def test_stale_things_are_reclaimed(
     scheme: str, server: str, successor: str, tmp_path: Path
 ) -> None:
@@ -136,6 +139,14 @@ SQUATS = [
     ("shm", "shm", "link"),
     ("shm", "shm", "foreign-socket"),
     ("shm", "shm.lock", "link"),
+    ("sysv-queue", "sysv-queue", "file"),
+    ("sysv-queue", "sysv-queue.lock", "link"),
+    ("sysv-shm", "sysv-shm", "link"),
+    ("sysv-shm", "sysv-shm.lock", "foreign-file"),
+    ("zmq+ipc", "zmq+ipc", "file"),
+    ("zmq+ipc", "zmq+ipc", "link"),
+    ("zmq+ipc", "zmq+ipc", "foreign-socket"),
+    ("zmq+ipc", "zmq+ipc.lock", "link"),
     ("pipe", "pipe", "file"),
     ("pipe", "pipe", "link-to-a-directory"),
     ("pipe", "pipe", "open-directory"),
@@ -174,7 +185,7 @@ def public_place() -> Iterator[Path]:
 @needs_root
 @of_servers
 @of_clients
-@pytest.mark.parametrize("scheme", ["pipe", "unix", "shm"])
+@pytest.mark.parametrize("scheme", WITH_FILES)
 def test_another_user_is_refused(scheme: str, caller: str, server: str, public_place: Path) -> None:
     """(tcp cannot tell who comes: a socket of the loopback device has no owner.)"""
     with served(listen_url(scheme, public_place), server) as up, connect(up.url) as control:
@@ -186,7 +197,7 @@ def test_another_user_is_refused(scheme: str, caller: str, server: str, public_p
 @needs_root
 @of_servers
 @of_clients
-@pytest.mark.parametrize("scheme", ["unix", "shm"])
+@pytest.mark.parametrize("scheme", WITH_SOCKETS)
 def test_another_user_is_refused_at_an_open_door(
     scheme: str, caller: str, server: str, public_place: Path
 ) -> None:
@@ -201,7 +212,7 @@ def test_another_user_is_refused_at_an_open_door(
 @needs_root
 @of_servers
 @of_clients
-@pytest.mark.parametrize("scheme", ["pipe", "unix", "shm"])
+@pytest.mark.parametrize("scheme", WITH_FILES)
 def test_a_client_does_not_talk_to_another_users_server(
     scheme: str, caller: str, server: str, public_place: Path
 ) -> None:

@@ -12,6 +12,7 @@ import time
 
 import pytest
 
+from ipc_bridge import Status
 from probe_support import Peers
 from processes import is_gone, memory_peak_bytes
 from support import EXIT_S, SANITIZED, SLOW, TRANSPORTS, wait_until
@@ -315,3 +316,14 @@ def _check_left(peers: Peers, pid: int) -> None:
         assert peers.server.exit_code() == 0
     else:
         wait_until(lambda: is_gone(pid), EXIT_S, "the server ends")
+
+
+@pytest.mark.parametrize(
+    "transport", [name for name in TRANSPORTS if not name.startswith("grpc")], indirect=True
+)
+def test_a_fork_of_a_connected_client(peers: Peers) -> None:
+    """Row 33, in mid-stream: the child gets an error, and the parent every item."""
+    client = peers.start()
+    assert client.do(op="fork")["child"] == Status.FAILED_PRECONDITION
+    client.do(op="echo", size=100_000)
+    peers.check_freed(peers.second(client))

@@ -347,7 +347,7 @@ def test_the_socket_is_private(server: str, place: Path) -> None:
 @needs_root
 @of_servers
 @of_clients
-def test_another_user_is_refused(caller: str, server: str) -> None:
+def test_another_user_is_refused_at_the_socket(caller: str, server: str) -> None:
     """Row 22: by the socket's mode; and a client asks whose socket it is."""
     place = Path("/tmp") / f"ipc-bridge-grpc-{os.getpid()}"
     place.mkdir()

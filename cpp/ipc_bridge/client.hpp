@@ -1,15 +1,19 @@
 // The client: joins a session to a stream, one call at a time.
 //
-// A client is used by one thread at a time, and not across a fork. More calls at once means more
-// connections, as in HTTP/1.1.
+// A client is used by one thread at a time. More calls at once means more connections, as in
+// HTTP/1.1. After a fork(2) it is the parent's; in the child its calls fail, and harm nobody.
 #pragma once
+
+#include <pthread.h>
 
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <iterator>
 #include <memory>
+#include <mutex>
 #include <optional>
+#include <set>
 #include <span>
 #include <string>
 #include <utility>
@@ -124,6 +128,32 @@ class Caller {
         std::uint16_t method, Bytes payload = {}, std::optional<double> timeout = std::nullopt
     ) = 0;
     virtual void close() = 0;
+};
+
+// The stream of a client in the child of a fork: the parent's, so nothing touches it here. It is
+// kept, for its end would close or remove what the parent uses.
+class Orphan : public Stream {
+  public:
+    Orphan(std::unique_ptr<Stream> parents, std::string url)
+        : Stream(Wait::BLOCK), parents_(parents.release()), url_(std::move(url)) {}
+
+    std::ptrdiff_t try_read(std::span<std::byte> /*buffer*/) override { refuse(); }
+    std::ptrdiff_t try_write(std::span<const Bytes> /*buffers*/) override { refuse(); }
+    bool wait(bool /*readable*/, bool /*writable*/, std::int64_t /*deadline_ns*/) override {
+        refuse();
+    }
+    int fileno() const override { refuse(); }
+    void interrupt() override {}
+    void close() override {}
+
+  private:
+    [[noreturn]] void refuse() const {
+        const char* what = "the connection is the parent's, from before the fork: connect anew";
+        throw Error(Status::FAILED_PRECONDITION, what, url_);
+    }
+
+    [[maybe_unused]] Stream* parents_;
+    std::string url_;
 };
 
 // A connection to a server. Not movable: an open stream refers to it.
@@ -391,10 +421,59 @@ class Client : public Caller {
         }
     }
 
+    // The clients of this process; a fork orphans them in the child.
+    class Family {
+      public:
+        static Family& all() {
+            static auto* family = new Family;  // for ever: a client may outlive static objects
+            return *family;
+        }
+
+        void add(Client& client) {
+            const std::lock_guard lock(mutex_);
+            clients_.insert(&client);
+        }
+        void remove(Client& client) {
+            const std::lock_guard lock(mutex_);
+            clients_.erase(&client);
+        }
+
+      private:
+        Family() {
+            ::pthread_atfork(
+                [] { all().mutex_.lock(); },
+                [] { all().mutex_.unlock(); },
+                [] {
+                    all().orphan_all();
+                    all().mutex_.unlock();
+                }
+            );
+        }
+
+        void orphan_all() {
+            for (Client* client : clients_) {
+                client->stream_ =
+                    std::make_unique<Orphan>(std::move(client->stream_), client->url_);
+            }
+        }
+
+        std::mutex mutex_;
+        std::set<Client*> clients_;
+    };
+
+    struct Member {
+        explicit Member(Client& whose) : client(whose) { Family::all().add(client); }
+        Member(const Member&) = delete;
+        Member& operator=(const Member&) = delete;
+        ~Member() { Family::all().remove(client); }
+        Client& client;
+    };
+
     std::string url_;
     ClientSession session_;
     std::unique_ptr<Stream> stream_;
     std::int64_t deadline_ns_ = never;  // of the open call
+    Member member_{*this};              // the last, so that all else is there as long as it is
 };
 
 }  // namespace ipc_bridge

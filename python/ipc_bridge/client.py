@@ -1,11 +1,13 @@
 """The client: joins a session to a stream, one call at a time.
 
-A client is used by one thread at a time, and not across a fork. More calls at once means more
-connections, as in HTTP/1.1.
+A client is used by one thread at a time. More calls at once means more connections, as in HTTP/1.1.
+After a fork(2) it is the parent's; in the child its calls fail, and harm nobody.
 """
 
 import contextlib
-from collections.abc import Generator, Iterator
+import os
+import weakref
+from collections.abc import Generator, Iterator, Sequence
 from types import TracebackType
 from typing import NoReturn, Protocol, Self
 
@@ -17,8 +19,10 @@ from ipc_bridge.system import (
     END,
     NEVER,
     WOULD_BLOCK,
+    Spinner,
     Stream,
     Transport,
+    Wait,
     deadline_after,
     now_ns,
     remaining_ms,
@@ -96,6 +100,7 @@ class Client:
         self._stream = stream
         self._session = session
         self._deadline_ns = NEVER  # of the open call
+        _clients.add(self)
 
     def call(self, method: int, payload: Buffer = b"", timeout: float | None = None) -> memoryview:
         """Call a unary method and return its reply, a view that lives until the next call.
@@ -327,6 +332,48 @@ class Client:
                 what = "the server said no hello in time"
                 raise Error(Status.UNAVAILABLE, what, self.url) from None
             raise
+
+
+class Orphan(Stream):
+    """The stream of a client in the child of a fork: the parent's, so nothing touches it here. It
+    is kept, for its end would close or remove what the parent uses."""
+
+    def __init__(self, parents: Stream) -> None:
+        self.spinner = Spinner(Wait.BLOCK)
+        self._parents = parents
+
+    def try_read(self, buffer: memoryview) -> int:
+        raise self._refusal()
+
+    def try_write(self, buffers: Sequence[Buffer]) -> int:
+        raise self._refusal()
+
+    def wait(self, readable: bool, writable: bool, deadline_ns: int) -> bool:
+        raise self._refusal()
+
+    def fileno(self) -> int:
+        raise self._refusal()
+
+    def interrupt(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def _refusal(self) -> Error:
+        what = "the connection is the parent's, from before the fork: connect anew"
+        return Error(Status.FAILED_PRECONDITION, what)
+
+
+_clients: "weakref.WeakSet[Client]" = weakref.WeakSet()  # of this process
+
+
+def _orphan_all() -> None:
+    for client in _clients:
+        client._stream = Orphan(client._stream)
+
+
+os.register_at_fork(after_in_child=_orphan_all)
 
 
 class Items:

@@ -8,6 +8,7 @@
 // {"status": ...}. A stream says {"at": n} besides, after n items, if it is asked for this
 // "notice".
 #include <signal.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -275,6 +276,31 @@ class Runner {
 
     void close(const json& /*command*/, json& /*answer*/) { bridge_.close(); }
 
+    // In mid-stream: the status that the child meets, which reads on and then closes.
+    void fork(const json& /*command*/, json& answer) {
+        const Pattern pattern(1000);
+        Items items = bridge_.stream(10'000, 1000);
+        need(pattern.verifies(0, items.next().value()), "another first item");
+        const pid_t child = ::fork();
+        if (child == 0) {
+            int code = 0;
+            try {
+                while (items.next()) {
+                }
+            } catch (const Error& error) {
+                bridge_.close();
+                code = static_cast<int>(error.status);
+            }
+            ::_exit(code);
+        }
+        int status = 0;
+        ::waitpid(child, &status, 0);
+        answer["child"] = WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status);
+        items_ = 1;
+        walk(std::move(items), json::object(), verifier(pattern));
+        need(items_ == 10'000, "another count of items");
+    }
+
     void walk(Items items, const json& command, const Verifies& verifies) {
         const auto take = find<std::uint64_t>(command, "take");
         const auto notice = find<std::uint64_t>(command, "notice");
@@ -317,6 +343,7 @@ const std::map<std::string, Runner::Op> Runner::ops = {
     {"busy", &Runner::busy},
     {"cancel_race", &Runner::cancel_race},
     {"close", &Runner::close},
+    {"fork", &Runner::fork},
 };
 
 // The next line of stdin. (Unlike Python's, C++'s streams take a signal for the end.)
