@@ -116,8 +116,10 @@ class Client:
             self._start(method, payload, False, deadline_ns, left_ms)
         elif self._write_small(request, deadline_ns):
             count = self._stream.read(session.space, deadline_ns)
-            if count > 0 and (timeout is None or now_ns() < deadline_ns):
+            if count > 0:
                 reply = session.filled_by_reply(count)
+                if timeout is not None and self._is_late():
+                    self._expire()
                 if reply is not None:
                     return reply
             else:
