@@ -61,7 +61,7 @@ def fill(session: Either, data: bytes) -> int:
 
 def state_of(session: Either) -> dict[str, Any]:
     """All that decides what the session does next; the payload by its bytes."""
-    left_out = ("decoder", "outbox", "broken", "payload", "space", "status")
+    left_out = ("decoder", "outbox", "broken", "payload", "space", "status", "_quiet")
     state = {name: value for name, value in vars(session).items() if name not in left_out}
     buffer = session.decoder
     state["broken"] = str(session.broken)

@@ -157,7 +157,7 @@ class Outbox {
     std::size_t size() const { return size_; }
 
     // Append one frame.
-    void put(const Header& header, Bytes payload = {}) {
+    void put(Header header, Bytes payload = {}) {
         const bool joined = payload.size() <= join_bytes_max;
         std::byte* into = extend(header_bytes + (joined ? payload.size() : 0));
         std::memcpy(into, &header, header_bytes);

@@ -561,8 +561,9 @@ class ServerSession : public Session {
     }
 
     std::uint32_t call_id_ = 0;  // of the latest call
-    std::uint32_t index_ = 0;    // of the next item
     bool leaving_ = false;       // GOODBYE after the running call
+    // Of the next item. Not beside call_id_: one load of both would wait for the store of this one.
+    std::uint32_t index_ = 0;
 };
 
 }  // namespace ipc_bridge

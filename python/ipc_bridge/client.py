@@ -124,8 +124,10 @@ class Client:
                 count = self._stream.read(session.space, deadline_ns)
             except Error as error:
                 self._lose(error)
-            if count > 0 and (timeout is None or now_ns() < deadline_ns):
+            if count > 0:
                 reply = session.filled_by_reply(count)
+                if timeout is not None and self._is_late():
+                    self._expire()
                 if reply is not None:
                     return reply
             else:

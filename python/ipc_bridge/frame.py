@@ -342,19 +342,21 @@ class Decoder:
         return self._view
 
     def filled_by_end(self, count: int, call_id: int) -> memoryview | None:
-        """`filled` after `fresh_space`, and then the payload of END of `call_id` with OK, provided
-        that it is all that was read, and whole.
+        """`filled` after `fresh_space` (or after this, if it took all that there was), and then the
+        payload of END of `call_id` with OK, provided that it is all that was read, and whole.
 
         As `filled_by_call` it knows one kind of frame, and takes it apart by itself. None is
         anything else; nothing is taken then, and `next` judges it.
         """
-        self._end = count
         size = count - HEADER_BYTES
-        if size < 0 or size > self.payload_bytes_max:
+        if (
+            size < 0
+            or size > self.payload_bytes_max
+            or _UNPACK(self._buffer) != (size, _END, 0, 0, call_id, 0)
+        ):
+            self._start, self._end = 0, count
             return None
-        if _UNPACK(self._buffer) != (size, _END, 0, 0, call_id, 0):
-            return None
-        self._start = count
+        self._start = self._end = count
         return self._view[HEADER_BYTES:count]
 
     def filled_by_call(self, count: int, call_id: int) -> Header | None:

@@ -163,6 +163,7 @@ class ClientSession(Session):
         self._granted = 0  # credit sent since the last read: no item read by then rests on it
         self._owed = 0  # cost of items taken and not yet given back
         self._leaving = False  # the server said GOODBYE
+        self._quiet = False  # the last call went by the lane, and nothing else has been done since
         self.space = memoryview(b"")  # for the answer to a small call
 
     def call(self, method: int, payload: Buffer, streaming: bool, remaining_ms: int) -> None:
@@ -171,6 +172,7 @@ class ClientSession(Session):
         Raises UsageError (FAILED_PRECONDITION: another call is open; RESOURCE_EXHAUSTED: more
         than the server takes) or CallError (UNAVAILABLE); nothing is sent then.
         """
+        self._quiet = False
         if self.state != State.IDLE:
             if self.state == State.OPEN:
                 what = "a call is under way on this connection"
@@ -197,26 +199,29 @@ class ClientSession(Session):
         or to decode. What to write in place of the outbox, then to read into `space`; None: nothing
         was done, use `call`."""
         size = len(payload)
-        call_id = self._next_id
         if (
             self.state is not IDLE
-            or self._answer_id != call_id
             or size > self._small_bytes_max
-            or self._leaving
-            or self.broken is not None
-            or self.outbox.size
-            or (space := self.decoder.fresh_space()) is None
+            or not (self._quiet or self._is_quiet())
         ):
             return None
+        call_id = self._next_id
         request = _PACK(size, _CALL, 0, method, call_id, remaining_ms) + payload
         if len(request) != HEADER_BYTES + size:
             return None  # a view of elements wider than a byte
         self._call_id = call_id
         self._next_id = call_id + 1 if call_id < _U32 else 1
-        self._streaming = False
+        self._streaming = self._quiet = False
         self.state = OPEN
-        self.space = space
         return request
+
+    def _is_quiet(self) -> bool:
+        """The long way to find that the lane is free: once for all small calls in a row."""
+        if self._answer_id != self._next_id or self._leaving or self.broken or self.outbox.size:
+            return False
+        space = self.decoder.fresh_space()
+        self.space = space or self.space
+        return space is not None
 
     def filled_by_reply(self, count: int) -> memoryview | None:
         """`filled` and `next_event` on the lane, for the first input after `call_small`, read into
@@ -225,6 +230,7 @@ class ClientSession(Session):
         payload = self.decoder.filled_by_end(count, self._call_id)
         if payload is not None:
             self._answer_id = self._next_id
+            self._quiet = True
             self.state = IDLE
         return payload
 
@@ -261,6 +267,7 @@ class ClientSession(Session):
 
     def filled(self, count: int) -> None:
         """`count` bytes were read into `decoder.space()`."""
+        self._quiet = False
         self.decoder.filled(count)
         if self._granted:
             self._allowed += self._granted

@@ -99,7 +99,10 @@ class PipeStream(Stream):
     def try_read(self, buffer: memoryview) -> int:
         if self._blocking and not self._readable.poll(0):
             return WOULD_BLOCK
-        return self._read_some(buffer)
+        count = self._read(buffer)
+        if count:
+            return count
+        return END if count == 0 or self._interrupted else WOULD_BLOCK
 
     def try_write(self, buffers: Sequence[Buffer]) -> int:
         try:
@@ -119,15 +122,12 @@ class PipeStream(Stream):
         return self._interrupted or sleep_until_ready(poll, deadline_ns)
 
     def _sleep_and_read(self, buffer: memoryview, deadline_ns: int) -> int:
-        if self._blocking and deadline_ns == NEVER:
-            return self._read_some(buffer)
-        return super()._sleep_and_read(buffer, deadline_ns)
-
-    def _read_some(self, buffer: memoryview) -> int:
-        count = self._read(buffer)
-        if count is None:
-            return END if self._interrupted else WOULD_BLOCK
-        return count or END
+        if deadline_ns != NEVER:
+            return super()._sleep_and_read(buffer, deadline_ns)
+        if self._blocking:
+            return self._read(buffer) or END
+        self._readable.poll()
+        return self.try_read(buffer)
 
     def fileno(self) -> int:
         return self._read_fd

@@ -83,17 +83,9 @@ class SocketStream(Stream):
         self._poll.modify(self._sock, events)
         return sleep_until_ready(self._poll, deadline_ns)
 
-    def read(self, buffer: memoryview, deadline_ns: int) -> int:
-        if self.spinner.blocks and deadline_ns == NEVER:
-            return self._read_at_last(buffer)
-        return super().read(buffer, deadline_ns)
-
     def _sleep_and_read(self, buffer: memoryview, deadline_ns: int) -> int:
-        if deadline_ns == NEVER:
-            return self._read_at_last(buffer)
-        return super()._sleep_and_read(buffer, deadline_ns)
-
-    def _read_at_last(self, buffer: memoryview) -> int:
+        if deadline_ns != NEVER:
+            return super()._sleep_and_read(buffer, deadline_ns)
         try:
             return self._recv_into(buffer) or END
         except OSError as error:
