@@ -154,7 +154,8 @@ def test_an_interrupt_ends_all(transport: str, number: signal.Signals, tmp_path:
 
 
 def test_overhead_of_one_transport(tmp_path: Path) -> None:
-    words = ["--transport", "unix", "--language", "cpp", "--rounds", "1", "--json"]
+    """Over the bare program, and over a cache line."""
+    words = ["--transport", "shm,shm-line", "--language", "cpp", "--rounds", "1", "--json"]
     done = run("overhead", *words, temporary=tmp_path)
 
     assert done.returncode == 0, done.stderr
@@ -164,6 +165,7 @@ def test_overhead_of_one_transport(tmp_path: Path) -> None:
         ("spin", "cross-core"),
         ("block", "same-core"),
         ("block", "cross-core"),
+        ("spin", "cross-core"),
     ]
     for cell in found["cells"]:
         assert cell["bare_p50_ns"] > 0

@@ -14,8 +14,6 @@ from ipc_bridge.harness import parts
 from support import ROOT, SLOW
 
 TRANSPORTS = list(parts.transports())
-WITHOUT_BARE = {"shm"}  # not written yet
-BARE = [name for name in TRANSPORTS if name not in WITHOUT_BARE]
 LANGUAGES = ("C++", "Python")
 PAIRINGS = [(client, server) for client in LANGUAGES for server in LANGUAGES]
 TIMEOUT_S = 300.0 * SLOW  # of a build of everything, on a machine that has other work
@@ -131,11 +129,11 @@ def test_all_transports_in_one_project(python: str, tmp_path: Path) -> None:
 
 
 def test_bare_programs_stand_alone(python: str, tmp_path: Path) -> None:
-    exported(*BARE, str(tmp_path), "--bare", "--name", "floors")
+    exported(*TRANSPORTS, str(tmp_path), "--bare", "--name", "floors")
 
     out = smoke(tmp_path, python)
     rounds = re.findall(r"^\w+: \S+ -> \S+ ok, p50_ns=\d+ p99_ns=\d+ rounds=100$", out, re.M)
-    assert len(rounds) == 4 * len(BARE)
+    assert len(rounds) == 4 * len(TRANSPORTS)
 
 
 @pytest.mark.parametrize("bare", [[], ["--bare"]], ids=["pair", "bare"])
@@ -187,7 +185,7 @@ def text_of(project: Path) -> str:
 
 @pytest.mark.parametrize("bare", [[], ["--bare"]], ids=["pair", "bare"])
 def test_a_name_replaces_ours_everywhere(bare: list[str], tmp_path: Path) -> None:
-    exported(*(BARE if bare else ["all"]), str(tmp_path), "--name", "renamed", *bare)
+    exported(*(TRANSPORTS if bare else ["all"]), str(tmp_path), "--name", "renamed", *bare)
 
     assert not re.search(r"ipc_bridge|IPC_BRIDGE|@[A-Z]+@", text_of(tmp_path))
     assert not list(tmp_path.rglob("*ipc_bridge*"))

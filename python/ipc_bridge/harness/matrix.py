@@ -36,7 +36,7 @@ class Traits(NamedTuple):
 TRAITS = {
     "stdio": Traits("stdio_pipe", clients_max=1),
     "tcp": Traits("tcp", across_hosts=True),
-    "shm": Traits(""),
+    "shm": Traits("shm_ring"),
     "zmq+ipc": Traits("zeromq", waits=("block",), dependency="ZeroMQ"),
     "zmq+tcp": Traits("zeromq", waits=("block",), dependency="ZeroMQ", across_hosts=True),
     "grpc+unix": Traits("grpc_rpc", waits=("block",), dependency="gRPC"),

@@ -27,6 +27,7 @@ from ipc_bridge.harness.programs import (
     Parser,
     ProgramError,
     bare,
+    binary,
     main,
     peer,
     private_directory,
@@ -38,22 +39,27 @@ from ipc_bridge.peer import SIZE, UNITS
 
 MECHANISMS = (
     *("unix", "tcp", "pipe"),
+    *("shm", "shm-line"),
     *("sysv-queue", "sysv-shm"),
     *("zmq", "zmq-req", "grpc+unix", "grpc+tcp"),
 )
 # Where the bare program has another name.
 BARE = {
+    "shm": "shm_ring",
     "zmq": "zeromq",
     "zmq-req": "zeromq_req",
     "grpc+unix": "grpc_rpc",
     "grpc+tcp": "grpc_rpc",
 }
-SCHEME = {"zmq": "zmq+ipc", "zmq-req": "zmq+ipc"}  # and the pair: it is compared with two
+# And the pair: it is compared with two.
+SCHEME = {"zmq": "zmq+ipc", "zmq-req": "zmq+ipc", "shm-line": "shm"}
+LINE = "shm-line"  # over no message at all: a cache line to another core and back, in C++
 NO_SPIN = ("zmq", "zmq-req", "grpc+unix", "grpc+tcp")  # their libraries' threads would starve
 SETUPS = (("spin", "cross-core"), ("block", "same-core"), ("block", "cross-core"))
 STREAM_PAIRINGS = (("cpp", "cpp"), ("py", "cpp"))  # client, server
 DURATION_S = 0.4
 WARMUP_S = 0.1
+LINE_S = 0.05  # 100,000 rounds and more
 PINGS = {"cpp": 40_000, "py": 15_000}  # of a small message: near DURATION_S where they block
 PINGS_MIN = 200
 PING_BYTES = 1 << 29  # and of a large one: so many bytes in all
@@ -104,6 +110,9 @@ def cores(cell: Cell) -> tuple[int, int]:
 def bare_p50_ns(cell: Cell, size_bytes: int) -> float:
     """The bare program. Raises ProgramError."""
     client_core, server_core = cores(cell)
+    if cell.transport == LINE:
+        words = ["line", str(client_core), str(server_core), str(LINE_S)]
+        return p50_ns(run([binary("ipc-bridge-floors"), *words]))
     program = bare(BARE.get(cell.transport, cell.transport), cell.client)
     pings = max(PINGS_MIN, min(PINGS[cell.client], PING_BYTES // max(1, size_bytes)))
     message = [str(size_bytes), cell.wait]
@@ -118,6 +127,11 @@ def bare_p50_ns(cell: Cell, size_bytes: int) -> float:
         }.get(cell.transport, path)
         with served([*program, "serve", address, *message], server_core) as server:
             out = run([*program, "ping", server.address, *message, str(pings)], client_core)
+    return p50_ns(out)
+
+
+def p50_ns(out: str) -> float:
+    """The figure that a bare program prints. Raises ProgramError."""
     match = re.search(r"p50_ns=(\d+)", out)
     if not match:
         raise ProgramError(f"no p50_ns in: {out.strip()}")
@@ -321,6 +335,7 @@ def overhead(words: Sequence[str]) -> int:
                 asked.transport or MECHANISMS, asked.language, SETUPS
             )
             if wait != "spin" or transport not in NO_SPIN
+            if wait == "spin" or transport != LINE
         ]
     step = stream_round if asked.stream else echo_round
     load = os.getloadavg()[0]
