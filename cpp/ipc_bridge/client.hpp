@@ -299,7 +299,8 @@ class Client : public Caller {
                 read_while_full();
                 continue;
             }
-            const std::ptrdiff_t count = stream_->read(session_.decoder.space(), deadline_ns_);
+            const std::ptrdiff_t count =
+                moved([&] { return stream_->read(session_.decoder.space(), deadline_ns_); });
             take(count);  // what came at the deadline is not lost: the next call needs it
             if (count == would_block || is_late()) {
                 expire();
@@ -309,8 +310,10 @@ class Client : public Caller {
 
     // Whoever cannot write reads meanwhile: never wait for writable alone (FRAME.md).
     void read_while_full() {
-        stream_->wait(true, true, deadline_ns_);
-        take(stream_->try_read(session_.decoder.space()));
+        take(moved([&] {
+            stream_->wait(true, true, deadline_ns_);
+            return stream_->try_read(session_.decoder.space());
+        }));
         if (is_late()) {
             expire();
         }
@@ -336,6 +339,18 @@ class Client : public Caller {
         return event;
     }
 
+    // Do something with the stream. What it throws is final: the peer broke the mechanism's rules,
+    // or a system call failed, and nobody knows how much was moved.
+    template <class Step>
+    std::ptrdiff_t moved(Step step) {
+        try {
+            return step();
+        } catch (const Error&) {
+            close();
+            throw;
+        }
+    }
+
     void take(std::ptrdiff_t count) {
         if (count > 0) {
             session_.filled(static_cast<std::size_t>(count));
@@ -348,7 +363,7 @@ class Client : public Caller {
 
     void write() {
         frame::Outbox& outbox = session_.outbox;
-        const std::ptrdiff_t count = stream_->try_write(outbox.buffers());
+        const std::ptrdiff_t count = moved([&] { return stream_->try_write(outbox.buffers()); });
         if (count > 0) {
             outbox.sent(static_cast<std::size_t>(count));
         } else if (count == end_of_stream) {

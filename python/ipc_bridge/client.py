@@ -115,7 +115,10 @@ class Client:
         if request is None:
             self._start(method, payload, False, deadline_ns, left_ms)
         elif self._write_small(request, deadline_ns):
-            count = self._stream.read(session.space, deadline_ns)
+            try:
+                count = self._stream.read(session.space, deadline_ns)
+            except Error:
+                self._lose()
             if count > 0 and (timeout is None or now_ns() < deadline_ns):
                 reply = session.filled_by_reply(count)
                 if reply is not None:
@@ -227,7 +230,11 @@ class Client:
                 if session.outbox.size:
                     self._read_while_full()
                     continue
-            self._took(self._stream.read(session.decoder.space(), self._deadline_ns))
+            try:
+                count = self._stream.read(session.decoder.space(), self._deadline_ns)
+            except Error:
+                self._lose()
+            self._took(count)
 
     def _took(self, count: int) -> None:
         """Take in what was read; at the deadline give the call up."""
@@ -237,8 +244,12 @@ class Client:
 
     def _read_while_full(self) -> None:
         """Whoever cannot write reads meanwhile: never wait for writable alone (FRAME.md)."""
-        self._stream.wait(True, True, self._deadline_ns)
-        self._take(self._stream.try_read(self._session.decoder.space()))
+        try:
+            self._stream.wait(True, True, self._deadline_ns)
+            count = self._stream.try_read(self._session.decoder.space())
+        except Error:
+            self._lose()
+        self._take(count)
         if self._is_late():
             self._expire()
 
@@ -269,9 +280,18 @@ class Client:
             self.close()
             raise CallError(Status.UNAVAILABLE, session.message, self.url)
 
+    def _lose(self) -> NoReturn:
+        """Pass on what a stream raises. It is final: the peer broke the mechanism's rules, or a
+        system call failed, and nobody knows how much was moved."""
+        self.close()
+        raise
+
     def _write(self) -> None:
         outbox = self._session.outbox
-        count = self._stream.try_write(outbox.buffers())
+        try:
+            count = self._stream.try_write(outbox.buffers())
+        except Error:
+            self._lose()
         if count > 0:
             outbox.sent(count)
         elif count == END:
