@@ -1,4 +1,5 @@
-// System V objects that outlive nobody: keys, the journal of them, and the watch over a life-line.
+// System V objects that outlive nobody: keys, the journal of them, the watch over a life-line, and
+// what the transports over them share.
 //
 // Queues, semaphores and segments belong to no process: what is not removed stays until the machine
 // restarts. So every key carries this project's mark (ipcs shows it, `ipc-bridge doctor` finds it),
@@ -73,26 +74,86 @@ inline std::uint32_t random_bits() {
     return bits;
 }
 
+enum class Kind : std::uint8_t { QUEUE, SEMAPHORE, SEGMENT };
+
+// A queue, a semaphore or a segment, by its id; below 0: there is none, and errno says why.
+// (Python's sysv_ipc has a class for each.)
+struct Object {
+    Kind kind;
+    int id;
+
+    // The one that has this key.
+    static Object find(Kind kind, std::uint32_t key) { return get(kind, key, 0, 0); }
+
+    // A new one, 0600. `size`: the bytes of a segment, the first value of a semaphore.
+    static Object make(Kind kind, std::uint32_t key, std::size_t size) {
+        const Object made = get(kind, key, size, IPC_CREAT | IPC_EXCL | 0600);
+        if (kind == Kind::SEMAPHORE && made.id >= 0) {
+            ::semctl(made.id, 0, SETVAL, static_cast<int>(size));
+        }
+        return made;
+    }
+
+    // Whose it is. Throws SystemError.
+    ipc_perm owner() const {
+        msqid_ds queue{};
+        semid_ds semaphore{};
+        shmid_ds segment{};
+        switch (kind) {
+            case Kind::QUEUE:
+                checked(::msgctl(id, IPC_STAT, &queue), "msgctl", "queue");
+                return queue.msg_perm;
+            case Kind::SEMAPHORE:
+                checked(::semctl(id, 0, IPC_STAT, &semaphore), "semctl", "semaphore");
+                return semaphore.sem_perm;
+            default:
+                checked(::shmctl(id, IPC_STAT, &segment), "shmctl", "segment");
+                return segment.shm_perm;
+        }
+    }
+
+    // Idempotent, whoever was first.
+    void remove() const {
+        switch (kind) {
+            case Kind::QUEUE:
+                ::msgctl(id, IPC_RMID, nullptr);
+                break;
+            case Kind::SEMAPHORE:
+                ::semctl(id, 0, IPC_RMID);
+                break;
+            default:
+                ::shmctl(id, IPC_RMID, nullptr);
+        }
+    }
+
+  private:
+    static Object get(Kind kind, std::uint32_t key, std::size_t size, int flags) {
+        const auto name = static_cast<key_t>(key);
+        switch (kind) {
+            case Kind::QUEUE:
+                return {kind, ::msgget(name, flags)};
+            case Kind::SEMAPHORE:
+                return {kind, ::semget(name, flags == 0 ? 0 : 1, flags)};
+            default:
+                return {kind, ::shmget(name, size, flags)};
+        }
+    }
+};
+
 // Remove whatever has this key, if it is ours by its owner too.
 inline void remove_objects(std::uint32_t key) {
-    const auto name = static_cast<key_t>(key);
-    const auto is_mine = [](const ipc_perm& owner) {
-        return owner.uid == ::geteuid() || owner.cuid == ::geteuid();
-    };
-    msqid_ds queue{};
-    if (const int id = ::msgget(name, 0);
-        id >= 0 && ::msgctl(id, IPC_STAT, &queue) == 0 && is_mine(queue.msg_perm)) {
-        ::msgctl(id, IPC_RMID, nullptr);
-    }
-    semid_ds semaphore{};
-    if (const int id = ::semget(name, 0, 0);
-        id >= 0 && ::semctl(id, 0, IPC_STAT, &semaphore) == 0 && is_mine(semaphore.sem_perm)) {
-        ::semctl(id, 0, IPC_RMID);
-    }
-    shmid_ds segment{};
-    if (const int id = ::shmget(name, 0, 0);
-        id >= 0 && ::shmctl(id, IPC_STAT, &segment) == 0 && is_mine(segment.shm_perm)) {
-        ::shmctl(id, IPC_RMID, nullptr);
+    for (const Kind kind : {Kind::QUEUE, Kind::SEMAPHORE, Kind::SEGMENT}) {
+        const Object found = Object::find(kind, key);
+        try {
+            if (found.id < 0) {
+                continue;
+            }
+            const ipc_perm owner = found.owner();
+            if (owner.uid == ::geteuid() || owner.cuid == ::geteuid()) {
+                found.remove();
+            }
+        } catch (const Error&) {  // gone, or another user's
+        }
     }
 }
 
@@ -653,6 +714,142 @@ class SysvStream : public Stream, public Watched {
     Watcher* watcher_ = nullptr;
     bool settled_ = false;  // the objects are gone, and the life-line with them
     bool closed_ = false;
+};
+
+// One of a connection's objects: its key is the connection's and `number`; `size` as of
+// Object::make.
+struct Part {
+    Kind kind;
+    std::uint32_t number;
+    std::size_t size;
+};
+
+// What the transports over System V objects share: how two peers come to have the same ones.
+//
+// The server makes them for each client, and its answer is their first key and their shape. `Way`
+// is the stream, which says what it takes:
+//
+//     scheme, Shape         a name; what an answer says beside the key
+//     Shape offer()         a server's
+//     parts(Shape)          what is made and found, in this order; none: no shape of ours
+//     Way(life_line, objects, shape, wait, key, journal)    as SysvStream
+template <class Way>
+class SysvTransport : public Transport {
+  public:
+    // Throws Error: INVALID_ARGUMENT for a path that is empty or too long.
+    explicit SysvTransport(std::string path, Wait wait = Wait::ADAPTIVE)
+        : meeting_(Way::scheme, path), path_(std::move(path)), wait_(wait) {
+        url = meeting_.url;
+    }
+
+    std::unique_ptr<Stream> connect(std::int64_t deadline_ns) override {
+        auto [life_line, record] = meeting_.connect(deadline_ns);
+        Answer answer{};
+        if (record.body.size() == sizeof(answer)) {
+            std::memcpy(&answer, record.body.data(), sizeof(answer));
+        }
+        const std::vector<Part> parts = Way::parts(answer.shape);
+        if (!is_ours(answer.key) || parts.empty()) {
+            throw ProtocolError(std::string("not an answer of ") + Way::scheme, url);
+        }
+        std::vector<Object> objects;
+        for (const Part& part : parts) {
+            objects.push_back(find(part, answer.key));
+        }
+        return std::make_unique<Way>(
+            std::move(life_line), objects, answer.shape, wait_, answer.key, nullptr
+        );
+    }
+
+    std::unique_ptr<Listener> listen() override {
+        auto door = std::make_shared<UnixDoor>(meeting_.open());
+        auto journal = std::make_shared<Journal>(path_);
+        const auto welcome = [journal, wait = wait_](Fd& life_line, meeting::Record& /*hello*/) {
+            const auto [answer, objects] = make(*journal);
+            std::unique_ptr<Stream> stream;
+            try {
+                stream = std::make_unique<Way>(
+                    std::move(life_line), objects, answer.shape, wait, answer.key, journal
+                );
+            } catch (...) {  // no descriptor for a watcher, perhaps
+                unmake(*journal, answer.key, objects);
+                throw;
+            }
+            meeting::Record record;
+            record.body.assign(reinterpret_cast<const char*>(&answer), sizeof(answer));
+            return std::pair(std::move(stream), std::move(record));
+        };
+        return std::make_unique<MeetingListener>(meeting_, door, welcome, [journal, door] {
+            journal->close();
+            door->close();
+        });
+    }
+
+  private:
+    struct Answer {
+        std::uint32_t key;
+        typename Way::Shape shape;
+    };
+
+    // What the server has made.
+    Object find(const Part& part, std::uint32_t key) const {
+        const Object found = Object::find(part.kind, key + part.number);
+        if (found.id < 0 && errno == ENOENT) {
+            throw Error(
+                Status::UNAVAILABLE,
+                "the server's objects are not here: they have gone, or are in another IPC "
+                "namespace",
+                url
+            );
+        }
+        if (found.id < 0) {
+            throw refusal("open", errno);
+        }
+        if (const uid_t uid = found.owner().cuid; uid != ::geteuid() && uid != 0) {
+            throw Error(
+                Status::PERMISSION_DENIED,
+                "the server's objects are of uid " + std::to_string(uid),
+                url
+            );
+        }
+        return found;
+    }
+
+    // New ones, and their answer. Throws Error: RESOURCE_EXHAUSTED.
+    static std::pair<Answer, std::vector<Object>> make(Journal& journal) {
+        const typename Way::Shape shape = Way::offer();
+        while (true) {
+            const std::uint32_t key = journal.reserve();
+            std::vector<Object> made;
+            int number = 0;
+            for (const Part& part : Way::parts(shape)) {
+                made.push_back(Object::make(part.kind, key + part.number, part.size));
+                if (made.back().id < 0) {
+                    number = errno;
+                    break;
+                }
+            }
+            if (number == 0) {
+                return {{key, shape}, std::move(made)};
+            }
+            unmake(journal, key, made);
+            if (number != EEXIST) {  // else somebody has one of these keys: take others
+                throw refusal("make", number);
+            }
+        }
+    }
+
+    // Removing what was not made fails, and no more.
+    static void unmake(Journal& journal, std::uint32_t key, const std::vector<Object>& made) {
+        for (const Object& one : made) {
+            one.remove();
+        }
+        journal.release(key);
+    }
+
+    Meeting meeting_;
+    std::string path_;
+    Wait wait_;
 };
 
 }  // namespace sysv

@@ -17,7 +17,6 @@
 // Run: ipc-bridge-peer serve sysv-queue:///tmp/demo.queue
 #pragma once
 
-#include <sys/ipc.h>
 #include <sys/msg.h>
 
 #include <algorithm>
@@ -26,7 +25,6 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
-#include <initializer_list>
 #include <memory>
 #include <span>
 #include <string>
@@ -35,7 +33,6 @@
 
 #include <ipc_bridge/errors.hpp>
 #include <ipc_bridge/system.hpp>
-#include <ipc_bridge/transports/meeting.hpp>
 #include <ipc_bridge/transports/sysv_objects.hpp>
 
 namespace ipc_bridge {
@@ -48,21 +45,6 @@ inline constexpr long wake = 2;
 inline constexpr std::size_t chunk_bytes_max = 64U << 10;
 // Then the caller has a look at its input and its deadline.
 inline constexpr int chunks_per_write = 16;
-// The key of the client's queue (the server's is the next), and the chunk.
-struct Answer {
-    std::uint32_t key;
-    std::uint32_t chunk_bytes;
-};
-
-// A pair of queues, by their ids.
-struct Queues {
-    int in;
-    int out;
-};
-
-inline void remove(int queue) {
-    ::msgctl(queue, IPC_RMID, nullptr);
-}
 
 // A message in the kernel's layout: a type, then bytes.
 class Message {
@@ -85,18 +67,39 @@ class Message {
 // A queue to read and a queue to write.
 class QueueStream : public sysv::SysvStream {
   public:
+    static constexpr const char* scheme = "sysv-queue";
+    struct Shape {
+        std::uint32_t chunk_bytes;
+    };
+
+    static Shape offer() {
+        const std::size_t chunk_bytes =
+            std::min({sysv::limit("msgmax"), sysv::limit("msgmnb") / 2, chunk_bytes_max});
+        return {static_cast<std::uint32_t>(std::max<std::size_t>(1, chunk_bytes))};
+    }
+
+    // The queue to the server, and that to the client.
+    static std::vector<sysv::Part> parts(const Shape& shape) {
+        if (shape.chunk_bytes == 0 || shape.chunk_bytes > chunk_bytes_max) {
+            return {};
+        }
+        return {
+            {sysv::Kind::QUEUE, 0, shape.chunk_bytes}, {sysv::Kind::QUEUE, 1, shape.chunk_bytes}};
+    }
+
     QueueStream(
         Fd life_line,
-        Queues queues,
-        std::size_t chunk_bytes,
+        const std::vector<sysv::Object>& objects,
+        const Shape& shape,
         Wait wait,
         std::uint32_t key,
         std::shared_ptr<sysv::Journal> journal
     )
-        : SysvStream(std::move(life_line), wait, key, std::move(journal)),
-          queues_(queues),
-          taken_(chunk_bytes),
-          sent_(chunk_bytes) {
+        : SysvStream(std::move(life_line), wait, key, journal),
+          in_(objects[journal ? 0 : 1]),
+          out_(objects[journal ? 1 : 0]),
+          taken_(shape.chunk_bytes),
+          sent_(shape.chunk_bytes) {
         sent_.set_type(data);
         begin();
     }
@@ -138,7 +141,7 @@ class QueueStream : public sysv::SysvStream {
             if (size == 0) {
                 break;
             }
-            if (::msgsnd(queues_.out, sent_.raw(), size, IPC_NOWAIT) < 0) {
+            if (::msgsnd(out_.id, sent_.raw(), size, IPC_NOWAIT) < 0) {
                 if (errno != EAGAIN) {
                     return end_of(errno);
                 }
@@ -170,14 +173,14 @@ class QueueStream : public sysv::SysvStream {
             long type;
             char none;
         } message{wake_type, 0};
-        ::msgsnd(queues_.in, &message, 0, IPC_NOWAIT);  // a full queue wakes, too
+        ::msgsnd(in_.id, &message, 0, IPC_NOWAIT);  // a full queue wakes, too
     }
 
     void take_rest() override {
         rest_.assign(left_.begin(), left_.end());
         const auto next = [this] {
             return ::msgrcv(
-                queues_.in, taken_.raw(), taken_.bytes().size(), 0, IPC_NOWAIT | MSG_NOERROR
+                in_.id, taken_.raw(), taken_.bytes().size(), 0, IPC_NOWAIT | MSG_NOERROR
             );
         };
         for (ssize_t count = 0; (count = next()) >= 0;) {
@@ -189,17 +192,17 @@ class QueueStream : public sysv::SysvStream {
         left_ = rest_;
     }
 
-    void remove_in() override { remove(queues_.in); }
+    void remove_in() override { in_.remove(); }
 
     std::function<void()> remover_of_out() const override {
-        return [queue = queues_.out] { remove(queue); };
+        return [queue = out_] { queue.remove(); };
     }
 
   private:
     static constexpr long wake_type = sysv_queue::wake;
 
     ssize_t receive(int flags) {
-        const ssize_t count = ::msgrcv(queues_.in, taken_.raw(), taken_.bytes().size(), 0, flags);
+        const ssize_t count = ::msgrcv(in_.id, taken_.raw(), taken_.bytes().size(), 0, flags);
         if (count < 0 && errno == E2BIG) {  // it stays at the head for ever
             throw ProtocolError("a message longer than a chunk");
         }
@@ -246,7 +249,8 @@ class QueueStream : public sysv::SysvStream {
         throw SystemError("msgrcv or msgsnd", number, "queue");
     }
 
-    Queues queues_;
+    sysv::Object in_;
+    sysv::Object out_;
     Message taken_;  // the latest, and what to send next
     Message sent_;
     std::span<const std::byte> left_;  // taken out of the queue, and not given yet
@@ -256,116 +260,9 @@ class QueueStream : public sysv::SysvStream {
 }  // namespace sysv_queue
 
 // `sysv-queue:///path`: a socket to meet at, and a pair of queues for each client, all 0600.
-class SysvQueue : public Transport {
+class SysvQueue : public sysv::SysvTransport<sysv_queue::QueueStream> {
   public:
-    // Throws Error: INVALID_ARGUMENT for a path that is empty or too long.
-    explicit SysvQueue(std::string path, Wait wait = Wait::ADAPTIVE)
-        : meeting_("sysv-queue", path), path_(std::move(path)), wait_(wait) {
-        url = meeting_.url;
-    }
-
-    std::unique_ptr<Stream> connect(std::int64_t deadline_ns) override {
-        auto [life_line, record] = meeting_.connect(deadline_ns);
-        Answer answer{};
-        if (record.body.size() == sizeof(answer)) {
-            std::memcpy(&answer, record.body.data(), sizeof(answer));
-        }
-        if (!sysv::is_ours(answer.key) || answer.chunk_bytes == 0 ||
-            answer.chunk_bytes > sysv_queue::chunk_bytes_max) {
-            throw ProtocolError("not an answer of sysv-queue", url);
-        }
-        const Queues queues{open(answer.key + 1), open(answer.key)};
-        return std::make_unique<sysv_queue::QueueStream>(
-            std::move(life_line), queues, answer.chunk_bytes, wait_, answer.key, nullptr
-        );
-    }
-
-    std::unique_ptr<Listener> listen() override {
-        auto door = std::make_shared<UnixDoor>(meeting_.open());
-        auto journal = std::make_shared<sysv::Journal>(path_);
-        const auto welcome = [journal, wait = wait_](Fd& life_line, meeting::Record& /*hello*/) {
-            const auto [answer, queues] = make(*journal);
-            std::unique_ptr<Stream> stream;
-            try {
-                stream = std::make_unique<sysv_queue::QueueStream>(
-                    std::move(life_line), queues, answer.chunk_bytes, wait, answer.key, journal
-                );
-            } catch (...) {  // no descriptor for a watcher, perhaps
-                unmake(*journal, answer.key, {queues.in, queues.out});
-                throw;
-            }
-            meeting::Record record;
-            record.body.assign(reinterpret_cast<const char*>(&answer), sizeof(answer));
-            return std::pair(std::move(stream), std::move(record));
-        };
-        return std::make_unique<MeetingListener>(meeting_, door, welcome, [journal, door] {
-            journal->close();
-            door->close();
-        });
-    }
-
-  private:
-    using Answer = sysv_queue::Answer;
-    using Queues = sysv_queue::Queues;
-
-    // A queue that the server has made.
-    int open(std::uint32_t key) const {
-        const int queue = ::msgget(static_cast<key_t>(key), 0);
-        if (queue < 0 && errno == ENOENT) {
-            throw Error(
-                Status::UNAVAILABLE,
-                "the server's queue is not here: it has gone, or is in another IPC namespace",
-                url
-            );
-        }
-        msqid_ds info{};
-        checked(queue, "msgget", url);
-        checked(::msgctl(queue, IPC_STAT, &info), "msgctl", url);
-        if (info.msg_perm.cuid != ::geteuid() && info.msg_perm.cuid != 0) {
-            throw Error(
-                Status::PERMISSION_DENIED,
-                "the queue is of uid " + std::to_string(info.msg_perm.cuid),
-                url
-            );
-        }
-        return queue;
-    }
-
-    // A pair of new queues. Throws Error: RESOURCE_EXHAUSTED.
-    static std::pair<Answer, Queues> make(sysv::Journal& journal) {
-        const std::size_t chunk_bytes =
-            std::min({sysv::limit("msgmax"), sysv::limit("msgmnb") / 2, sysv_queue::chunk_bytes_max}
-            );
-        while (true) {
-            const std::uint32_t key = journal.reserve();
-            const int in = create(key);
-            const int out = in < 0 ? -1 : create(key + 1);
-            if (out >= 0) {
-                const auto size = static_cast<std::uint32_t>(std::max<std::size_t>(1, chunk_bytes));
-                return {{key, size}, {in, out}};
-            }
-            const int number = errno;
-            unmake(journal, key, {in});
-            if (number != EEXIST) {  // else somebody has this key: take another
-                throw sysv::refusal("msgget", number);
-            }
-        }
-    }
-
-    static void unmake(sysv::Journal& journal, std::uint32_t key, std::initializer_list<int> made) {
-        for (const int queue : made) {
-            sysv_queue::remove(queue);  // of what was not made: EINVAL
-        }
-        journal.release(key);
-    }
-
-    static int create(std::uint32_t key) {
-        return ::msgget(static_cast<key_t>(key), IPC_CREAT | IPC_EXCL | 0600);
-    }
-
-    Meeting meeting_;
-    std::string path_;
-    Wait wait_;
+    using SysvTransport::SysvTransport;
 };
 
 }  // namespace ipc_bridge

@@ -23,7 +23,6 @@
 // Run: ipc-bridge-peer serve sysv-shm:///tmp/demo.shm
 #pragma once
 
-#include <sys/ipc.h>
 #include <sys/sem.h>
 #include <sys/shm.h>
 
@@ -35,14 +34,13 @@
 #include <cstring>
 #include <functional>
 #include <memory>
-#include <optional>
 #include <span>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include <ipc_bridge/errors.hpp>
 #include <ipc_bridge/system.hpp>
-#include <ipc_bridge/transports/meeting.hpp>
 #include <ipc_bridge/transports/sysv_objects.hpp>
 
 namespace ipc_bridge {
@@ -60,28 +58,21 @@ struct Head {
 inline constexpr std::size_t chunk_bytes = slot_bytes - sizeof(Head);
 inline constexpr std::size_t buffer_bytes = std::size_t{slots} * slot_bytes;
 
-struct Answer {
-    std::uint32_t key;
-    std::uint32_t slots;
-    std::uint32_t slot_bytes;
-};
-
 // Give or take units of a semaphore: 0, or an errno.
 inline int operate(int semaphore, short units, short flags = 0) {
     sembuf operation{0, units, flags};
     return ::semop(semaphore, &operation, 1) == 0 ? 0 : errno;
 }
 
-// One direction's semaphores, by their ids.
+// One direction's semaphores.
 struct Half {
-    int full = -1;
-    int free = -1;
+    sysv::Object full;
+    sysv::Object free;
 
     // Idempotent, whoever was first.
     void remove() const {
-        for (const int semaphore : {full, free}) {
-            ::semctl(semaphore, 0, IPC_RMID);
-        }
+        full.remove();
+        free.remove();
     }
 };
 
@@ -89,21 +80,26 @@ struct Half {
 class Segment {
   public:
     // Throws Error: as shmat(2) fails.
-    explicit Segment(int id_) : id(id_), memory_(::shmat(id_, nullptr, 0)) {
+    explicit Segment(sysv::Object object)
+        : object_(object), memory_(::shmat(object.id, nullptr, 0)) {
         if (memory_ == reinterpret_cast<void*>(-1)) {
             throw SystemError("shmat", errno);
         }
     }
-    Segment(Segment&& other) noexcept
-        : id(other.id), memory_(std::exchange(other.memory_, nullptr)) {}
-    Segment& operator=(Segment&&) = delete;
+    Segment(const Segment&) = delete;
+    Segment& operator=(const Segment&) = delete;
     ~Segment() { detach(); }
 
-    const int id;
+    // Throws SystemError.
+    std::size_t size() const {
+        shmid_ds info{};
+        checked(::shmctl(object_.id, IPC_STAT, &info), "shmctl", "segment");
+        return info.shm_segsz;
+    }
 
     std::byte* at(std::size_t offset) const { return static_cast<std::byte*>(memory_) + offset; }
 
-    void remove() const { ::shmctl(id, IPC_RMID, nullptr); }
+    void remove() const { object_.remove(); }
 
     void detach() {
         if (void* memory = std::exchange(memory_, nullptr)) {
@@ -112,32 +108,55 @@ class Segment {
     }
 
   private:
+    sysv::Object object_;
     void* memory_;
-};
-
-// A segment and its semaphores, to read and to write.
-struct Objects {
-    Segment segment;
-    Half in;
-    Half out;
 };
 
 // A buffer to read and a buffer to write: the client's is the first of the segment.
 class ShmStream : public sysv::SysvStream {
   public:
+    static constexpr const char* scheme = "sysv-shm";
+    struct Shape {
+        std::uint32_t slots;
+        std::uint32_t slot_bytes;
+    };
+
+    static Shape offer() { return {slots, slot_bytes}; }
+
+    // The semaphores to the server and to the client, each way `full` and `free`; and the segment.
+    static std::vector<sysv::Part> parts(const Shape& shape) {
+        if (shape.slots != slots || shape.slot_bytes != slot_bytes) {
+            return {};
+        }
+        constexpr auto semaphore = sysv::Kind::SEMAPHORE;
+        return {
+            {semaphore, 0, 0},
+            {semaphore, 1, slots},
+            {semaphore, 2, 0},
+            {semaphore, 3, slots},
+            {sysv::Kind::SEGMENT, 0, 2 * buffer_bytes}};
+    }
+
     ShmStream(
         Fd life_line,
-        Objects objects,
+        const std::vector<sysv::Object>& objects,
+        const Shape& /*shape*/,
         Wait wait,
         std::uint32_t key,
         std::shared_ptr<sysv::Journal> journal
     )
         : SysvStream(std::move(life_line), wait, key, journal),
-          segment_(std::move(objects.segment)),
-          in_(objects.in),
-          out_(objects.out),
+          segment_(objects[4]),
+          in_(journal ? Half{objects[0], objects[1]} : Half{objects[2], objects[3]}),
+          out_(journal ? Half{objects[2], objects[3]} : Half{objects[0], objects[1]}),
           in_at_(journal ? 0 : buffer_bytes),
           out_at_(journal ? buffer_bytes : 0) {
+        if (const std::size_t size = segment_.size(); size < 2 * buffer_bytes) {
+            throw ProtocolError("a segment of " + std::to_string(size) + " bytes");
+        }
+        if (!journal) {
+            segment_.remove();  // both are attached: it goes with the last of them
+        }
         begin();
     }
     ~ShmStream() override { ShmStream::close(); }
@@ -171,7 +190,7 @@ class ShmStream : public sysv::SysvStream {
         std::size_t index = 0;
         std::size_t at = 0;
         for (std::uint32_t i = 0; i < slots && index < buffers.size(); ++i) {
-            if (const int number = operate(out_.free, -1, IPC_NOWAIT)) {
+            if (const int number = operate(out_.free.id, -1, IPC_NOWAIT)) {
                 if (number != EAGAIN) {
                     return end_of(number);
                 }
@@ -179,7 +198,7 @@ class ShmStream : public sysv::SysvStream {
                 return done != 0 ? done : would_block;
             }
             const std::size_t size = fill(buffers, index, at);
-            if (const int number = operate(out_.full, 1)) {
+            if (const int number = operate(out_.full.id, 1)) {
                 return end_of(number);
             }
             out_slot_ = (out_slot_ + 1) % slots;
@@ -198,7 +217,7 @@ class ShmStream : public sysv::SysvStream {
     bool has_some() const override { return at_ != size_; }
 
     int take_one() override {
-        const int number = operate(in_.full, -1);
+        const int number = operate(in_.full.id, -1);
         if (number == 0) {
             open_slot();
         }
@@ -207,11 +226,11 @@ class ShmStream : public sysv::SysvStream {
 
     void wake() override {
         ++false_;
-        operate(in_.full, 1, IPC_NOWAIT);
+        operate(in_.full.id, 1, IPC_NOWAIT);
     }
 
     void take_rest() override {
-        const int full = ::semctl(in_.full, 0, GETVAL) - false_;
+        const int full = ::semctl(in_.full.id, 0, GETVAL) - false_;
         rest_ = std::clamp(full, 0, static_cast<int>(slots));
     }
 
@@ -249,7 +268,7 @@ class ShmStream : public sysv::SysvStream {
 
     // Take the next full slot, if there is one: 1, would_block or end_of_stream.
     std::ptrdiff_t take_now() {
-        if (const int number = operate(in_.full, -1, IPC_NOWAIT)) {
+        if (const int number = operate(in_.full.id, -1, IPC_NOWAIT)) {
             if (number == EAGAIN) {
                 return interrupted_ ? end_of_stream : would_block;
             }
@@ -290,7 +309,7 @@ class ShmStream : public sysv::SysvStream {
     }
 
     void give_back() {
-        if (const int number = operate(in_.free, 1)) {
+        if (const int number = operate(in_.free.id, 1)) {
             end_of(number);
         }
     }
@@ -324,148 +343,9 @@ class ShmStream : public sysv::SysvStream {
 
 // `sysv-shm:///path`: a socket to meet at, and for each client a segment and four semaphores, all
 // 0600.
-class SysvShm : public Transport {
+class SysvShm : public sysv::SysvTransport<sysv_shm::ShmStream> {
   public:
-    // Throws Error: INVALID_ARGUMENT for a path that is empty or too long.
-    explicit SysvShm(std::string path, Wait wait = Wait::ADAPTIVE)
-        : meeting_("sysv-shm", path), path_(std::move(path)), wait_(wait) {
-        url = meeting_.url;
-    }
-
-    std::unique_ptr<Stream> connect(std::int64_t deadline_ns) override {
-        auto [life_line, record] = meeting_.connect(deadline_ns);
-        Answer answer{};
-        if (record.body.size() == sizeof(answer)) {
-            std::memcpy(&answer, record.body.data(), sizeof(answer));
-        }
-        if (!sysv::is_ours(answer.key) || answer.slots != sysv_shm::slots ||
-            answer.slot_bytes != sysv_shm::slot_bytes) {
-            throw ProtocolError("not an answer of sysv-shm", url);
-        }
-        return std::make_unique<sysv_shm::ShmStream>(
-            std::move(life_line), open(answer.key), wait_, answer.key, nullptr
-        );
-    }
-
-    std::unique_ptr<Listener> listen() override {
-        auto door = std::make_shared<UnixDoor>(meeting_.open());
-        auto journal = std::make_shared<sysv::Journal>(path_);
-        const auto welcome = [journal, wait = wait_](Fd& life_line, meeting::Record& /*hello*/) {
-            auto [key, objects] = make(*journal);
-            std::unique_ptr<Stream> stream;
-            try {
-                stream = std::make_unique<sysv_shm::ShmStream>(
-                    std::move(life_line), std::move(objects), wait, key, journal
-                );
-            } catch (...) {  // no descriptor for a watcher, perhaps
-                unmake(*journal, key, objects.segment.id, objects.in, objects.out);
-                throw;
-            }
-            const Answer answer{key, sysv_shm::slots, sysv_shm::slot_bytes};
-            meeting::Record record;
-            record.body.assign(reinterpret_cast<const char*>(&answer), sizeof(answer));
-            return std::pair(std::move(stream), std::move(record));
-        };
-        return std::make_unique<MeetingListener>(meeting_, door, welcome, [journal, door] {
-            journal->close();
-            door->close();
-        });
-    }
-
-  private:
-    using Answer = sysv_shm::Answer;
-    using Half = sysv_shm::Half;
-    using Objects = sysv_shm::Objects;
-
-    // What the server has made: the segment, and the halves to read and to write.
-    Objects open(std::uint32_t key) const {
-        const auto semaphore = [&](std::uint32_t number) {
-            return found(::semget(static_cast<key_t>(number), 0, 0), "semget");
-        };
-        const Half c2s{semaphore(key), semaphore(key + 1)};
-        const Half s2c{semaphore(key + 2), semaphore(key + 3)};
-        sysv_shm::Segment segment(found(::shmget(static_cast<key_t>(key), 0, 0), "shmget"));
-        shmid_ds info{};
-        checked(::shmctl(segment.id, IPC_STAT, &info), "shmctl", url);
-        if (info.shm_perm.cuid != ::geteuid() && info.shm_perm.cuid != 0) {
-            throw Error(
-                Status::PERMISSION_DENIED,
-                "the segment is of uid " + std::to_string(info.shm_perm.cuid),
-                url
-            );
-        }
-        if (info.shm_segsz < 2 * sysv_shm::buffer_bytes) {
-            throw ProtocolError("a segment of " + std::to_string(info.shm_segsz) + " bytes", url);
-        }
-        segment.remove();  // both are attached: it goes with the last of them
-        return {std::move(segment), s2c, c2s};
-    }
-
-    int found(int id, const char* call) const {
-        if (id < 0 && errno == ENOENT) {
-            throw Error(
-                Status::UNAVAILABLE,
-                "the server's segment is not here: it has gone, or is in another IPC namespace",
-                url
-            );
-        }
-        return checked(id, call, url);
-    }
-
-    // A new segment and its semaphores: their first key, and they, to read and to write.
-    //
-    // Throws Error: RESOURCE_EXHAUSTED.
-    static std::pair<std::uint32_t, Objects> make(sysv::Journal& journal) {
-        while (true) {
-            const std::uint32_t key = journal.reserve();
-            Half in;
-            Half out;
-            int id = -1;
-            if ((in.full = create(key, 0)) >= 0 &&
-                (in.free = create(key + 1, sysv_shm::slots)) >= 0 &&
-                (out.full = create(key + 2, 0)) >= 0 &&
-                (out.free = create(key + 3, sysv_shm::slots)) >= 0) {
-                id = ::shmget(static_cast<key_t>(key), 2 * sysv_shm::buffer_bytes, flags);
-            }
-            const int number = errno;
-            try {
-                if (id >= 0) {
-                    return {key, Objects{sysv_shm::Segment(id), in, out}};
-                }
-            } catch (const Error&) {
-                unmake(journal, key, id, in, out);
-                throw;
-            }
-            unmake(journal, key, id, in, out);
-            if (number != EEXIST) {  // else somebody has one of these keys: take others
-                throw sysv::refusal("semget or shmget", number);
-            }
-        }
-    }
-
-    // Removing what was not made fails, and no more.
-    static void unmake(
-        sysv::Journal& journal, std::uint32_t key, int segment, const Half& in, const Half& out
-    ) {
-        in.remove();
-        out.remove();
-        ::shmctl(segment, IPC_RMID, nullptr);
-        journal.release(key);
-    }
-
-    static int create(std::uint32_t key, std::uint32_t value) {
-        const int semaphore = ::semget(static_cast<key_t>(key), 1, flags);
-        if (semaphore >= 0) {
-            ::semctl(semaphore, 0, SETVAL, static_cast<int>(value));
-        }
-        return semaphore;
-    }
-
-    static constexpr int flags = IPC_CREAT | IPC_EXCL | 0600;
-
-    Meeting meeting_;
-    std::string path_;
-    Wait wait_;
+    using SysvTransport::SysvTransport;
 };
 
 }  // namespace ipc_bridge

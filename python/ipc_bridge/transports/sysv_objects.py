@@ -1,4 +1,5 @@
-"""System V objects that outlive nobody: keys, the journal of them, and the watch over a life-line.
+"""System V objects that outlive nobody: keys, the journal of them, the watch over a life-line, and
+what the transports over them share.
 
 Queues, semaphores and segments belong to no process: what is not removed stays until the machine
 restarts. So every key carries this project's mark (ipcs shows it, `ipc-bridge doctor` finds it),
@@ -23,21 +24,34 @@ import struct
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
 
 import sysv_ipc
 
-from ipc_bridge.errors import Error, Status
-from ipc_bridge.system import END, NEVER, Lock, Spinner, Stream, Wait, Wakeup, now_ns, remaining_ms
-from ipc_bridge.transports.meeting import is_over
+from ipc_bridge.errors import Error, ProtocolError, Status
+from ipc_bridge.system import (
+    END,
+    NEVER,
+    Listener,
+    Lock,
+    Spinner,
+    Stream,
+    Transport,
+    Wait,
+    Wakeup,
+    now_ns,
+    remaining_ms,
+)
+from ipc_bridge.transports.meeting import Meeting, MeetingListener, Record, is_over
 
 KEY_MARK = 0x1BC00000  # the first 12 bits of every key of ours
 KEY_MASK = 0xFFF00000
 KEYS_EACH = 4  # a connection's keys follow each other; a queue, a semaphore and a segment may share
 YIELDS_MAX = 64  # to a peer that is about to read; then there is no room for longer
 PAUSE_NS = (20_000, 1_000_000)  # first and longest pause then
-SLOT = struct.Struct("<I")  # of the journal: a connection's first key; 0 is free
+SLOT = struct.Struct("<I")  # of the journal, and of an answer: a connection's first key; 0: none
 PARTED_MAX = 256  # clients that have not left a closed connection; beyond, the oldest loses it
 LINGER_NS = 500_000_000  # for clients to take what is unread before this process leaves
 
@@ -45,6 +59,16 @@ LINGER_NS = 500_000_000  # for clients to take what is unread before this proces
 def is_ours(key: int) -> bool:
     """Does a key carry this project's mark?"""
     return key & KEY_MASK == KEY_MARK
+
+
+# A queue, a semaphore or a segment, each of a class of sysv_ipc, which has no types for mypy.
+Object = Any
+
+
+def remove(one: Object) -> None:
+    """Idempotent, whoever was first."""
+    with contextlib.suppress(sysv_ipc.Error, OSError):
+        one.remove()
 
 
 def remove_objects(key: int) -> None:
@@ -120,11 +144,11 @@ class Watcher:
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def add(self, one: Watched) -> None:
+        if not self._thread.is_alive():
+            self._thread.start()
         self._epoll.register(one.fd, select.EPOLLRDHUP | select.EPOLLONESHOT)
         self.all[one] = None
         self._by_fd[one.fd] = one
-        if not self._thread.is_alive():
-            self._thread.start()
 
     def remove(self, one: Watched) -> None:
         self.all.pop(one, None)
@@ -424,9 +448,7 @@ class SysvStream(Stream, Watched):
             return
         if self._over or is_over(self.life_line):
             self._settle()
-        elif (
-            self._journal is None
-        ):  # the server takes what is unread, and removes what it read from
+        elif self._journal is None:  # the server takes what is unread, and removes the rest
             self._remove_in()
             self.life_line.close()
         else:
@@ -463,3 +485,137 @@ class SysvStream(Stream, Watched):
             self.life_line.close()
             if self._journal is not None:
                 self._journal.release(self._key)
+
+
+class Part(NamedTuple):
+    """One of a connection's objects: its key is the connection's and `number`; `size` the bytes of
+    a segment, the first value of a semaphore, the longest message of a queue."""
+
+    kind: Callable[..., Object]
+    number: int
+    size: int
+
+
+class Way(SysvStream):
+    """What a stream says of what it takes, for SysvTransport."""
+
+    scheme: ClassVar[str]
+    shape: ClassVar[struct.Struct]  # what an answer says beside the key
+
+    @staticmethod
+    @abstractmethod
+    def offer() -> tuple[int, ...]:
+        """A server's shape."""
+
+    @staticmethod
+    @abstractmethod
+    def parts(shape: tuple[int, ...]) -> list[Part]:
+        """What is made and found, in this order; none: no shape of ours."""
+
+    @abstractmethod
+    def __init__(
+        self,
+        life_line: socket.socket,
+        objects: Sequence[Object],
+        shape: tuple[int, ...],
+        wait: Wait,
+        key: int,
+        journal: Journal | None,
+    ) -> None: ...
+
+
+class SysvTransport(Transport):
+    """What the transports over System V objects share: how two peers come to have the same ones.
+
+    The server makes them for each client, and its answer is their first key and their shape.
+    """
+
+    way: ClassVar[type[Way]]
+
+    def __init__(self, path: str, wait: Wait = Wait.ADAPTIVE) -> None:
+        """Raises Error: INVALID_ARGUMENT for a path that is empty or too long."""
+        self._meeting = Meeting(self.way.scheme, path)
+        self.url = self._meeting.url
+        self._path = path
+        self._wait = wait
+
+    def connect(self, deadline_ns: int) -> Stream:
+        way = self.way
+        life_line, record = self._meeting.connect(deadline_ns)
+        try:
+            key = 0
+            shape: tuple[int, ...] = ()
+            if len(record.body) == SLOT.size + way.shape.size:
+                (key,) = SLOT.unpack_from(record.body)
+                shape = way.shape.unpack_from(record.body, SLOT.size)
+            parts: list[Part] = way.parts(shape) if shape else []
+            if not is_ours(key) or not parts:
+                raise ProtocolError(f"not an answer of {way.scheme}", self.url)
+            objects = [self._find(part, key) for part in parts]
+            return way(life_line, objects, shape, self._wait, key, None)
+        except BaseException:
+            life_line.close()
+            raise
+
+    def listen(self) -> Listener:
+        door = self._meeting.open()
+        try:
+            journal = Journal(self._path)
+        except BaseException:
+            door.sock.close()
+            door.close()
+            raise
+
+        def welcome(life_line: socket.socket, hello: Record) -> tuple[Stream, Record]:
+            key, shape, objects = self._make(journal)
+            try:
+                stream = self.way(life_line, objects, shape, self._wait, key, journal)
+            except BaseException:  # no descriptor for a watcher, perhaps
+                _unmake(journal, key, objects)
+                raise
+            return stream, Record(SLOT.pack(key) + self.way.shape.pack(*shape))
+
+        def cleanup() -> None:
+            journal.close()
+            door.close()
+
+        return MeetingListener(self._meeting, door, welcome, cleanup)
+
+    def _find(self, part: Part, key: int) -> Object:
+        """What the server has made. A queue is opened with its full size: a message that is too
+        long for the reader would stay at the head for ever."""
+        size = part.size if part.kind is sysv_ipc.MessageQueue else 0
+        try:
+            found = part.kind(key + part.number, 0, 0o600, size)
+        except sysv_ipc.ExistentialError:
+            what = "the server's objects are not here: they have gone, or are in another"
+            raise Error(Status.UNAVAILABLE, f"{what} IPC namespace", self.url) from None
+        except (sysv_ipc.Error, OSError) as error:
+            raise refusal("open", error) from None
+        if found.cuid not in (os.geteuid(), 0):
+            what = f"the server's objects are of uid {found.cuid}"
+            raise Error(Status.PERMISSION_DENIED, what, self.url)
+        return found
+
+    def _make(self, journal: Journal) -> tuple[int, tuple[int, ...], list[Object]]:
+        """New ones, with their first key and their shape. Raises Error: RESOURCE_EXHAUSTED."""
+        shape = self.way.offer()
+        while True:
+            key = journal.reserve()
+            made: list[Object] = []
+            try:
+                for part in self.way.parts(shape):
+                    number, new = key + part.number, sysv_ipc.IPC_CREX
+                    made.append(part.kind(number, new, 0o600, part.size))
+                return key, shape, made
+            except sysv_ipc.ExistentialError:
+                _unmake(journal, key, made)  # somebody has one of these keys: take others
+            except (sysv_ipc.Error, OSError, ValueError, MemoryError) as error:
+                _unmake(journal, key, made)
+                raise refusal("make", error) from None
+
+
+def _unmake(journal: Journal, key: int, made: Sequence[Object]) -> None:
+    for one in made:
+        remove(one)
+    journal.release(key)

@@ -18,47 +18,64 @@ Run: python -m ipc_bridge.peer serve sysv-queue:///tmp/demo.queue
 
 import contextlib
 import errno
-import os
 import socket
 import struct
 from collections.abc import Sequence
 
 import sysv_ipc
 
-from ipc_bridge.errors import Error, ProtocolError, Status, SystemError
-from ipc_bridge.system import (
-    END,
-    WOULD_BLOCK,
-    Buffer,
-    Listener,
-    Stream,
-    Transport,
-    Wait,
+from ipc_bridge.errors import Error, ProtocolError, SystemError
+from ipc_bridge.system import END, WOULD_BLOCK, Buffer, Wait
+from ipc_bridge.transports.sysv_objects import (
+    Journal,
+    Object,
+    Part,
+    SysvStream,
+    SysvTransport,
+    Way,
+    limit,
+    refusal,
+    remove,
 )
-from ipc_bridge.transports.meeting import Meeting, MeetingListener, Record
-from ipc_bridge.transports.sysv_objects import Journal, SysvStream, is_ours, limit, refusal
 
 DATA, WAKE = 1, 2  # types of messages: a chunk of the stream; nothing, for whoever sleeps
 CHUNK_BYTES_MAX = 64 << 10  # of a message, where the machine allows more: more gains nothing
 CHUNKS_PER_WRITE = 16  # then the caller has a look at its input and its deadline
-ANSWER = struct.Struct("<II")  # the key of the client's queue (the server's is the next), and chunk
 
 
-class QueueStream(SysvStream):
+class QueueStream(Way):
     """A queue to read and a queue to write."""
+
+    scheme = "sysv-queue"
+    shape = struct.Struct("<I")  # bytes of a chunk
+
+    @staticmethod
+    def offer() -> tuple[int, ...]:
+        chunk_bytes = min(limit("msgmax"), limit("msgmnb") // 2, CHUNK_BYTES_MAX)
+        return (max(1, chunk_bytes),)
+
+    @staticmethod
+    def parts(shape: tuple[int, ...]) -> list[Part]:
+        """The queue to the server, and that to the client."""
+        (chunk_bytes,) = shape
+        if not 0 < chunk_bytes <= CHUNK_BYTES_MAX:
+            return []
+        return [Part(sysv_ipc.MessageQueue, number, chunk_bytes) for number in (0, 1)]
 
     def __init__(
         self,
         life_line: socket.socket,
-        queues: tuple[sysv_ipc.MessageQueue, sysv_ipc.MessageQueue],
-        chunk_bytes: int,
+        objects: Sequence[Object],
+        shape: tuple[int, ...],
         wait: Wait,
         key: int,
         journal: Journal | None,
     ) -> None:
-        super().__init__(life_line, wait, key, journal)
-        self._in, self._out = queues
-        self._chunk_bytes = chunk_bytes
+        SysvStream.__init__(self, life_line, wait, key, journal)
+        to_server, to_client = objects
+        is_server = journal is not None
+        self._in, self._out = (to_server, to_client) if is_server else (to_client, to_server)
+        (self._chunk_bytes,) = shape
         self._left = memoryview(b"")  # taken out of the queue, and not given yet
         self._begin()
 
@@ -151,10 +168,10 @@ class QueueStream(SysvStream):
         self._left = memoryview(b"".join(chunks))
 
     def _remove_in(self) -> None:
-        _remove(self._in)
+        remove(self._in)
 
     def _remove_out(self) -> None:
-        _remove(self._out)
+        remove(self._out)
 
 
 def _broken(error: OSError) -> Error:
@@ -163,97 +180,7 @@ def _broken(error: OSError) -> Error:
     return SystemError("msgrcv", error.errno or 0, "queue")
 
 
-def _remove(queue: sysv_ipc.MessageQueue) -> None:
-    with contextlib.suppress(sysv_ipc.Error, OSError):
-        queue.remove()
-
-
-class SysvQueue(Transport):
+class SysvQueue(SysvTransport):
     """`sysv-queue:///path`: a socket to meet at, and a pair of queues for each client, all 0600."""
 
-    def __init__(self, path: str, wait: Wait = Wait.ADAPTIVE) -> None:
-        """Raises Error: INVALID_ARGUMENT for a path that is empty or too long."""
-        self._meeting = Meeting("sysv-queue", path)
-        self.url = self._meeting.url
-        self._path = path
-        self._wait = wait
-
-    def connect(self, deadline_ns: int) -> Stream:
-        life_line, answer = self._meeting.connect(deadline_ns)
-        try:
-            if len(answer.body) != ANSWER.size:
-                raise ProtocolError("not an answer of sysv-queue")
-            key, chunk_bytes = ANSWER.unpack(answer.body)
-            if not is_ours(key) or not 0 < chunk_bytes <= CHUNK_BYTES_MAX:
-                raise ProtocolError("not an answer of sysv-queue")
-            queues = self._open(key + 1, chunk_bytes), self._open(key, chunk_bytes)
-            return QueueStream(life_line, queues, chunk_bytes, self._wait, key, None)
-        except BaseException:
-            life_line.close()
-            raise
-
-    def listen(self) -> Listener:
-        door = self._meeting.open()
-        try:
-            journal = Journal(self._path)
-        except BaseException:
-            door.sock.close()
-            door.close()
-            raise
-
-        def welcome(life_line: socket.socket, hello: Record) -> tuple[Stream, Record]:
-            chunk_bytes, key, queues = _make(journal)
-            try:
-                stream = QueueStream(life_line, queues, chunk_bytes, self._wait, key, journal)
-            except BaseException:  # no descriptor for a watcher, perhaps
-                _unmake(journal, key, queues)
-                raise
-            return stream, Record(ANSWER.pack(key, chunk_bytes))
-
-        def cleanup() -> None:
-            journal.close()
-            door.close()
-
-        return MeetingListener(self._meeting, door, welcome, cleanup)
-
-    def _open(self, key: int, chunk_bytes: int) -> sysv_ipc.MessageQueue:
-        """A queue that the server has made. Opened with its full size: a message that is too long
-        for the reader would stay at the head for ever."""
-        try:
-            queue = sysv_ipc.MessageQueue(key, max_message_size=chunk_bytes)
-        except sysv_ipc.ExistentialError:
-            what = "the server's queue is not here: it has gone, or is in another IPC namespace"
-            raise Error(Status.UNAVAILABLE, what, self.url) from None
-        except (sysv_ipc.Error, OSError) as error:
-            raise refusal("msgget", error) from None
-        if queue.cuid not in (os.geteuid(), 0):
-            what = f"the queue is of uid {queue.cuid}"
-            raise Error(Status.PERMISSION_DENIED, what, self.url)
-        return queue
-
-
-def _make(
-    journal: Journal,
-) -> tuple[int, int, tuple[sysv_ipc.MessageQueue, sysv_ipc.MessageQueue]]:
-    """A pair of new queues: their chunk, their key, and they. Raises Error: RESOURCE_EXHAUSTED."""
-    while True:
-        key = journal.reserve()
-        made: list[sysv_ipc.MessageQueue] = []
-        try:
-            chunk_bytes = min(limit("msgmax"), limit("msgmnb") // 2, CHUNK_BYTES_MAX)
-            for number in (key, key + 1):
-                made.append(
-                    sysv_ipc.MessageQueue(number, sysv_ipc.IPC_CREX, 0o600, max(1, chunk_bytes))
-                )
-            return max(1, chunk_bytes), key, (made[0], made[1])
-        except sysv_ipc.ExistentialError:
-            _unmake(journal, key, made)  # somebody has this key: take another
-        except (sysv_ipc.Error, OSError, ValueError, MemoryError) as error:
-            _unmake(journal, key, made)
-            raise refusal("msgget", error) from None
-
-
-def _unmake(journal: Journal, key: int, made: Sequence[sysv_ipc.MessageQueue]) -> None:
-    for queue in made:
-        _remove(queue)
-    journal.release(key)
+    way = QueueStream

@@ -25,7 +25,6 @@ Run: python -m ipc_bridge.peer serve sysv-shm:///tmp/demo.shm
 """
 
 import contextlib
-import os
 import socket
 import struct
 from collections.abc import Sequence
@@ -33,17 +32,23 @@ from typing import NamedTuple
 
 import sysv_ipc
 
-from ipc_bridge.errors import Error, ProtocolError, Status
-from ipc_bridge.system import END, WOULD_BLOCK, Buffer, Listener, Stream, Transport, Wait
-from ipc_bridge.transports.meeting import Meeting, MeetingListener, Record
-from ipc_bridge.transports.sysv_objects import Journal, SysvStream, is_ours, refusal
+from ipc_bridge.errors import ProtocolError
+from ipc_bridge.system import END, WOULD_BLOCK, Buffer, Wait
+from ipc_bridge.transports.sysv_objects import (
+    Journal,
+    Object,
+    Part,
+    SysvStream,
+    SysvTransport,
+    Way,
+    remove,
+)
 
 SLOTS = 16  # of a buffer: enough that a writer and a reader seldom wait for each other
 SLOT_BYTES = 16 << 10  # with its head; a system call costs as much as copying some KiB
 HEAD = struct.Struct("<II")  # of a slot: how many bytes follow, and 0
 CHUNK_BYTES = SLOT_BYTES - HEAD.size
 BUFFER_BYTES = SLOTS * SLOT_BYTES
-ANSWER = struct.Struct("<III")  # the first key, SLOTS, SLOT_BYTES
 
 
 class Half(NamedTuple):
@@ -54,31 +59,51 @@ class Half(NamedTuple):
 
     def remove(self) -> None:
         """Idempotent, whoever was first."""
-        for semaphore in self:
-            with contextlib.suppress(sysv_ipc.Error, OSError):
-                semaphore.remove()
+        remove(self.full)
+        remove(self.free)
 
 
-class ShmStream(SysvStream):
+class ShmStream(Way):
     """A buffer to read and a buffer to write: the client's is the first of the segment."""
+
+    scheme = "sysv-shm"
+    shape = struct.Struct("<II")  # slots, bytes of a slot
+
+    @staticmethod
+    def offer() -> tuple[int, ...]:
+        return SLOTS, SLOT_BYTES
+
+    @staticmethod
+    def parts(shape: tuple[int, ...]) -> list[Part]:
+        """The semaphores to the server and to the client, each way `full` and `free`; and the
+        segment."""
+        if shape != (SLOTS, SLOT_BYTES):
+            return []
+        found = [Part(sysv_ipc.Semaphore, at, of) for at, of in enumerate((0, SLOTS, 0, SLOTS))]
+        return [*found, Part(sysv_ipc.SharedMemory, 0, 2 * BUFFER_BYTES)]
 
     def __init__(
         self,
         life_line: socket.socket,
-        segment: sysv_ipc.SharedMemory,
-        halves: tuple[Half, Half],
+        objects: Sequence[Object],
+        shape: tuple[int, ...],
         wait: Wait,
         key: int,
         journal: Journal | None,
     ) -> None:
-        super().__init__(life_line, wait, key, journal)
-        self._segment = segment
-        self._memory = memoryview(segment).cast("B")
-        self._in, self._out = halves
+        SysvStream.__init__(self, life_line, wait, key, journal)
+        is_server = journal is not None
+        to_server, to_client = Half(*objects[0:2]), Half(*objects[2:4])
+        self._in, self._out = (to_server, to_client) if is_server else (to_client, to_server)
+        self._segment = objects[4]
+        if self._segment.size < 2 * BUFFER_BYTES:
+            raise ProtocolError(f"a segment of {self._segment.size} bytes")
+        if not is_server:
+            remove(self._segment)  # both are attached: it goes with the last of them
+        self._memory = memoryview(self._segment).cast("B")
         for semaphore in (*self._in, self._out.free):
             semaphore.block = False
         self._sleeper = sysv_ipc.Semaphore(self._in.full.key)  # the same one, to sleep on
-        is_server = journal is not None
         self._in_at, self._out_at = (0, BUFFER_BYTES) if is_server else (BUFFER_BYTES, 0)
         self._in_slot = self._out_slot = 0
         self._at = self._size = 0  # of the slot being read: the next byte to give, and the end
@@ -205,7 +230,7 @@ class ShmStream(SysvStream):
 
     def _remove_in(self) -> None:
         self._in.remove()
-        _remove(self._segment)  # already marked, unless the client never came
+        remove(self._segment)  # already marked, unless the client never came
 
     def _remove_out(self) -> None:
         self._out.remove()
@@ -218,107 +243,8 @@ class ShmStream(SysvStream):
             self._segment.detach()
 
 
-def _remove(segment: sysv_ipc.SharedMemory) -> None:
-    with contextlib.suppress(sysv_ipc.Error, OSError):
-        segment.remove()
-
-
-class SysvShm(Transport):
+class SysvShm(SysvTransport):
     """`sysv-shm:///path`: a socket to meet at, and for each client a segment and four semaphores,
     all 0600."""
 
-    def __init__(self, path: str, wait: Wait = Wait.ADAPTIVE) -> None:
-        """Raises Error: INVALID_ARGUMENT for a path that is empty or too long."""
-        self._meeting = Meeting("sysv-shm", path)
-        self.url = self._meeting.url
-        self._path = path
-        self._wait = wait
-
-    def connect(self, deadline_ns: int) -> Stream:
-        life_line, answer = self._meeting.connect(deadline_ns)
-        try:
-            if len(answer.body) != ANSWER.size:
-                raise ProtocolError("not an answer of sysv-shm")
-            key, slots, slot_bytes = ANSWER.unpack(answer.body)
-            if not is_ours(key) or (slots, slot_bytes) != (SLOTS, SLOT_BYTES):
-                raise ProtocolError("not an answer of sysv-shm")
-            segment, halves = self._open(key)
-            return ShmStream(life_line, segment, halves, self._wait, key, None)
-        except BaseException:
-            life_line.close()
-            raise
-
-    def listen(self) -> Listener:
-        door = self._meeting.open()
-        try:
-            journal = Journal(self._path)
-        except BaseException:
-            door.sock.close()
-            door.close()
-            raise
-
-        def welcome(life_line: socket.socket, hello: Record) -> tuple[Stream, Record]:
-            key, segment, halves = _make(journal)
-            try:
-                stream = ShmStream(life_line, segment, halves, self._wait, key, journal)
-            except BaseException:  # no descriptor for a watcher, perhaps
-                _unmake(journal, key, [segment, *halves[0], *halves[1]])
-                raise
-            return stream, Record(ANSWER.pack(key, SLOTS, SLOT_BYTES))
-
-        def cleanup() -> None:
-            journal.close()
-            door.close()
-
-        return MeetingListener(self._meeting, door, welcome, cleanup)
-
-    def _open(self, key: int) -> tuple[sysv_ipc.SharedMemory, tuple[Half, Half]]:
-        """What the server has made: the segment, and the halves to read and to write."""
-        try:
-            c2s, s2c = (
-                Half(sysv_ipc.Semaphore(first), sysv_ipc.Semaphore(first + 1))
-                for first in (key, key + 2)
-            )
-            segment = sysv_ipc.SharedMemory(key)
-        except sysv_ipc.ExistentialError:
-            what = "the server's segment is not here: it has gone, or is in another IPC namespace"
-            raise Error(Status.UNAVAILABLE, what, self.url) from None
-        except (sysv_ipc.Error, OSError) as error:
-            raise refusal("shmget", error) from None
-        if segment.cuid not in (os.geteuid(), 0):
-            what = f"the segment is of uid {segment.cuid}"
-            raise Error(Status.PERMISSION_DENIED, what, self.url)
-        if segment.size < 2 * BUFFER_BYTES:
-            raise ProtocolError(f"a segment of {segment.size} bytes")
-        _remove(segment)  # both are attached: it goes with the last of them
-        return segment, (s2c, c2s)
-
-
-def _make(journal: Journal) -> tuple[int, sysv_ipc.SharedMemory, tuple[Half, Half]]:
-    """A new segment and its semaphores: their first key, and they, to read and to write.
-
-    Raises Error: RESOURCE_EXHAUSTED.
-    """
-    while True:
-        key = journal.reserve()
-        made: list[sysv_ipc.Semaphore | sysv_ipc.SharedMemory] = []
-        new = sysv_ipc.IPC_CREX
-        try:
-            for number, value in enumerate((0, SLOTS, 0, SLOTS)):
-                made.append(sysv_ipc.Semaphore(key + number, new, 0o600, value))
-            made.append(sysv_ipc.SharedMemory(key, new, 0o600, 2 * BUFFER_BYTES))
-            return key, made[4], (Half(made[0], made[1]), Half(made[2], made[3]))
-        except sysv_ipc.ExistentialError:
-            _unmake(journal, key, made)  # somebody has one of these keys: take others
-        except (sysv_ipc.Error, OSError, ValueError, MemoryError) as error:
-            _unmake(journal, key, made)
-            raise refusal("semget or shmget", error) from None
-
-
-def _unmake(
-    journal: Journal, key: int, made: Sequence[sysv_ipc.Semaphore | sysv_ipc.SharedMemory]
-) -> None:
-    for one in made:
-        with contextlib.suppress(sysv_ipc.Error, OSError):
-            one.remove()
-    journal.release(key)
+    way = ShmStream
