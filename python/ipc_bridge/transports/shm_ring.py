@@ -26,10 +26,10 @@ from ipc_bridge.transports.meeting import Meeting, MeetingListener, Record
 
 try:
     from ipc_bridge import _native
-except ImportError:
-    _is_built = False
+except ImportError as error:
+    _missing = str(error)
 else:
-    _is_built = True
+    _missing = ""
     Stream.register(_native.RingStream)
 
 WELCOME = struct.Struct("<II")  # layout of the memory (see ring.hpp), capacity_bytes
@@ -44,13 +44,13 @@ class Shm(Transport):
     ) -> None:
         """`capacity_bytes` of each ring is the server's to say. Raises Error: INVALID_ARGUMENT for
         a path that is empty or too long, and unless it is a power of two from 64 KiB to 1 GiB;
-        UNIMPLEMENTED if the native module is not there."""
+        FAILED_PRECONDITION if the native module is not there."""
         self._meeting = Meeting("shm", path)
         self.url = self._meeting.url
         self._wait = wait
-        if not _is_built:
-            what = "ipc_bridge._native is not built: run `make build`, or pip install ipc_bridge"
-            raise Error(Status.UNIMPLEMENTED, what, self.url)
+        if _missing:
+            what = f"shm needs ipc_bridge._native ({_missing}): run `make build`, or pip install ."
+            raise Error(Status.FAILED_PRECONDITION, what, self.url)
         self._capacity_bytes = capacity_bytes or _native.CAPACITY_BYTES
         if not _native.is_capacity(self._capacity_bytes):
             what = f"a ring of {self._capacity_bytes} bytes"
