@@ -345,6 +345,9 @@ class Client : public Caller {
     std::ptrdiff_t moved(Step step) {
         try {
             return step();
+        } catch (const ProtocolError& error) {
+            close();
+            throw ProtocolError(error.broken, url_);
         } catch (const Error&) {
             close();
             throw;
@@ -389,7 +392,8 @@ class Client : public Caller {
         try {
             send();
             while (!decode() && session_.state == State::HELLO) {
-                const std::ptrdiff_t count = stream_->read(session_.decoder.space(), by_ns);
+                const std::ptrdiff_t count =
+                    moved([&] { return stream_->read(session_.decoder.space(), by_ns); });
                 if (count == would_block) {
                     throw Error(Status::UNAVAILABLE, "the server said no hello in time", url_);
                 }

@@ -17,7 +17,7 @@ SLOTS, SLOT_BYTES, LINE_BYTES = 16, 16384, 64
 STRIDE = LINE_BYTES + SLOT_BYTES  # of a slot: a cache line for its flag, and its bytes
 WAY_BYTES = SLOTS * STRIDE
 ACQUIRE, RELEASE = 2, 3  # as gcc numbers them
-SYS_FUTEX = {"x86_64": 202, "aarch64": 98}.get(os.uname().machine)
+SYS_FUTEX = {"x86_64": 202, "aarch64": 98}[os.uname().machine]  # of Linux, for each processor
 FUTEX_WAIT, FUTEX_WAKE = 0, 1
 libc = ctypes.CDLL(None)
 with rounds.checked("dlopen"):

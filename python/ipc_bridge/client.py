@@ -117,8 +117,8 @@ class Client:
         elif self._write_small(request, deadline_ns):
             try:
                 count = self._stream.read(session.space, deadline_ns)
-            except Error:
-                self._lose()
+            except Error as error:
+                self._lose(error)
             if count > 0 and (timeout is None or now_ns() < deadline_ns):
                 reply = session.filled_by_reply(count)
                 if reply is not None:
@@ -232,8 +232,8 @@ class Client:
                     continue
             try:
                 count = self._stream.read(session.decoder.space(), self._deadline_ns)
-            except Error:
-                self._lose()
+            except Error as error:
+                self._lose(error)
             self._took(count)
 
     def _took(self, count: int) -> None:
@@ -247,8 +247,8 @@ class Client:
         try:
             self._stream.wait(True, True, self._deadline_ns)
             count = self._stream.try_read(self._session.decoder.space())
-        except Error:
-            self._lose()
+        except Error as error:
+            self._lose(error)
         self._take(count)
         if self._is_late():
             self._expire()
@@ -280,18 +280,19 @@ class Client:
             self.close()
             raise CallError(Status.UNAVAILABLE, session.message, self.url)
 
-    def _lose(self) -> NoReturn:
+    def _lose(self, error: Error) -> NoReturn:
         """Pass on what a stream raises. It is final: the peer broke the mechanism's rules, or a
         system call failed, and nobody knows how much was moved."""
         self.close()
-        raise
+        error.where = error.where or self.url
+        raise error
 
     def _write(self) -> None:
         outbox = self._session.outbox
         try:
             count = self._stream.try_write(outbox.buffers())
-        except Error:
-            self._lose()
+        except Error as error:
+            self._lose(error)
         if count > 0:
             outbox.sent(count)
         elif count == END:
@@ -313,7 +314,10 @@ class Client:
             self._send()
             session, stream = self._session, self._stream
             while self._decode() is None and session.state == State.HELLO:
-                count = stream.read(session.decoder.space(), deadline_ns)
+                try:
+                    count = stream.read(session.decoder.space(), deadline_ns)
+                except Error as error:
+                    self._lose(error)
                 if count == WOULD_BLOCK:
                     what = "the server said no hello in time"
                     raise Error(Status.UNAVAILABLE, what, self.url)

@@ -280,6 +280,9 @@ class Shm : public Transport {
         if (welcome.layout != shm_ring::Welcome{}.layout) {
             throw ProtocolError("another layout of the shared memory", url);
         }
+        if (answer.fds.empty()) {
+            throw ProtocolError("an answer without the shared memory", url);
+        }
         const Fd fd = answer.take_fd(url);
         return std::make_unique<RingStream>(
             std::move(life_line),

@@ -406,7 +406,10 @@ class Journal {
     void release(std::uint32_t key) {
         const std::lock_guard lock(changes_);
         const auto slot = std::find(slots_.begin(), slots_.end(), key);
-        note(static_cast<std::size_t>(slot - slots_.begin()), 0);
+        try {
+            note(static_cast<std::size_t>(slot - slots_.begin()), 0);
+        } catch (const Error&) {  // no harm: who reclaims this key finds nothing
+        }
         end_if_over();
     }
 
@@ -756,9 +759,13 @@ class SysvTransport : public Transport {
         for (const Part& part : parts) {
             objects.push_back(find(part, answer.key));
         }
-        return std::make_unique<Way>(
-            std::move(life_line), objects, answer.shape, wait_, answer.key, nullptr
-        );
+        try {
+            return std::make_unique<Way>(
+                std::move(life_line), objects, answer.shape, wait_, answer.key, nullptr
+            );
+        } catch (const ProtocolError& error) {
+            throw ProtocolError(error.broken, url);
+        }
     }
 
     std::unique_ptr<Listener> listen() override {

@@ -257,7 +257,8 @@ class Journal:
     def release(self, key: int) -> None:
         """Nothing has these keys any more."""
         with self._changes:
-            self._note(self._slots.index(key), 0)
+            with contextlib.suppress(OSError):  # no harm: who reclaims this key finds nothing
+                self._note(self._slots.index(key), 0)
             self._end_if_over()
 
     def close(self) -> None:
@@ -553,8 +554,10 @@ class SysvTransport(Transport):
                 raise ProtocolError(f"not an answer of {way.scheme}", self.url)
             objects = [self._find(part, key) for part in parts]
             return way(life_line, objects, shape, self._wait, key, None)
-        except BaseException:
+        except BaseException as error:
             life_line.close()
+            if isinstance(error, ProtocolError):
+                error.where = self.url
             raise
 
     def listen(self) -> Listener:
