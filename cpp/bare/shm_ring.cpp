@@ -17,10 +17,9 @@
 using rounds::checked;
 
 constexpr std::size_t slots = 16, slot_bytes = 16384;
-struct Slot {  // its flag and a short message share a cache line
-    // 0: free, the writer's; else the reader's: its size + 1
-    alignas(64) std::atomic<std::uint32_t> filled;
-    alignas(8) std::byte bytes[slot_bytes - 8];
+struct Slot {
+    alignas(64) std::atomic<std::uint32_t> filled;  // 0: free, the writer's; else the reader's:
+    alignas(64) std::byte bytes[slot_bytes];        // its size, and 1
 };
 
 struct Way {
@@ -50,7 +49,7 @@ void hand_over(Slot& slot, std::size_t filled, int wait) {
 ssize_t take(Way& way, std::span<std::byte> rest) {
     Slot& slot = way.slot[way.next++ % slots];
     const std::size_t size = wait_for(slot, true, way.wait) - 1;  // 0: the end
-    const std::size_t count = std::min({size, rest.size(), sizeof slot.bytes});
+    const std::size_t count = std::min({size, rest.size(), slot_bytes});
     std::copy_n(slot.bytes, count, rest.data());
     hand_over(slot, 0, way.wait);
     return static_cast<ssize_t>(count);
@@ -58,7 +57,7 @@ ssize_t take(Way& way, std::span<std::byte> rest) {
 
 ssize_t put(Way& way, std::span<const std::byte> rest) {
     Slot& slot = way.slot[way.next++ % slots];
-    const std::size_t count = std::min(rest.size(), sizeof slot.bytes);
+    const std::size_t count = std::min(rest.size(), slot_bytes);
     wait_for(slot, false, way.wait);
     std::copy_n(rest.data(), count, slot.bytes);
     hand_over(slot, count + 1, way.wait);

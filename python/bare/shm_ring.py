@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 import rounds
 
-SLOTS, SLOT_BYTES, HEAD_BYTES = 16, 16384, 8
-WAY_BYTES = SLOTS * SLOT_BYTES
+SLOTS, SLOT_BYTES, LINE_BYTES = 16, 16384, 64
+STRIDE = LINE_BYTES + SLOT_BYTES  # of a slot: a cache line for its flag, and its bytes
+WAY_BYTES = SLOTS * STRIDE
 ACQUIRE, RELEASE = 2, 3  # as gcc numbers them
 SYS_FUTEX = {"x86_64": 202, "aarch64": 98}[os.uname().machine]  # of Linux, for each processor
 FUTEX_WAIT, FUTEX_WAKE = 0, 1
@@ -28,7 +29,7 @@ load.restype = ctypes.c_uint32
 @dataclass
 class Way:
     memory: memoryview
-    flags: list[ctypes.c_void_p]  # a slot's first word. 0: free; else filled: its size + 1
+    flags: list[ctypes.c_void_p]  # 0: free, the writer's; else the reader's: its size, and 1
     block: bool
     next: int = 0
 
@@ -54,8 +55,8 @@ def take(way: Way, rest: memoryview) -> int:
     slot = way.next % SLOTS
     way.next += 1
     size = wait_for(way.flags[slot], True, way.block) - 1  # 0: the end
-    count = min(size, len(rest), SLOT_BYTES - HEAD_BYTES)
-    rest[:count] = way.memory[slot * SLOT_BYTES + HEAD_BYTES :][:count]
+    count = min(size, len(rest), SLOT_BYTES)
+    rest[:count] = way.memory[slot * STRIDE + LINE_BYTES :][:count]
     hand_over(way.flags[slot], 0, way.block)
     return count
 
@@ -63,9 +64,9 @@ def take(way: Way, rest: memoryview) -> int:
 def put(way: Way, rest: memoryview) -> int:
     slot = way.next % SLOTS
     way.next += 1
-    count = min(len(rest), SLOT_BYTES - HEAD_BYTES)
+    count = min(len(rest), SLOT_BYTES)
     wait_for(way.flags[slot], False, way.block)
-    way.memory[slot * SLOT_BYTES + HEAD_BYTES :][:count] = rest[:count]
+    way.memory[slot * STRIDE + LINE_BYTES :][:count] = rest[:count]
     hand_over(way.flags[slot], count + 1, way.block)
     return count
 
@@ -82,7 +83,7 @@ def attach(words: rounds.Words, flags: int) -> tuple[Way, Way]:
         os.posix_fallocate(fd, 0, 2 * WAY_BYTES)  # now: later it would be SIGBUS
     shared = mmap.mmap(fd, 2 * WAY_BYTES)
     first = ctypes.addressof(ctypes.c_char.from_buffer(shared))
-    at = [ctypes.c_void_p(first + i * SLOT_BYTES) for i in range(2 * SLOTS)]
+    at = [ctypes.c_void_p(first + i * STRIDE) for i in range(2 * SLOTS)]
     memory = memoryview(shared)
     c2s = Way(memory[:WAY_BYTES], at[:SLOTS], words.block)
     return c2s, Way(memory[WAY_BYTES:], at[SLOTS:], words.block)
