@@ -260,7 +260,8 @@ void raise(const std::exception_ptr& error, void*) {
 }  // namespace
 
 NB_MODULE(_native, m) {
-    // A daemon thread may still hold a stream as the interpreter ends: nothing that users could mend.
+    // A daemon thread may still hold a stream as the interpreter ends: nothing that users could
+    // mend.
     nb::set_leak_warnings(false);
     nb::register_exception_translator(raise);
     nb::class_<Spinner>(m, "Spinner").def_prop_rw("crowded", &Spinner::is_crowded, &Spinner::crowd);
