@@ -29,10 +29,11 @@ PEER = BUILD / "ipc-bridge-peer"
 AS_NOBODY = f"""
 import os, sys
 from ipc_bridge import peer
-try:
-    from ipc_bridge.transports import grpc_rpc
-except ImportError:
-    pass
+for name in ("grpc_rpc", "zeromq"):
+    try:
+        __import__("ipc_bridge.transports." + name)
+    except ImportError:
+        pass
 os.setgroups([])
 os.setresgid({NOBODY}, {NOBODY}, {NOBODY})
 os.setresuid({NOBODY}, {NOBODY}, {NOBODY})
