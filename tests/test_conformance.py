@@ -156,6 +156,8 @@ def test_cancel_races_the_end(peers: Peers) -> None:
     client = peers.start()
     seed = random.randrange(1 << 31)
     count = 10_000 if peers.client_language == peers.server_language == "cpp" else 1500
+    if peers.is_grpc:  # its own end of a call, not ours; and a call takes it ten times as long
+        count = 1500
     answer = client.ask(op="cancel_race", count=count, seed=seed)
     assert answer.get("ok"), f"seed {seed}: {answer}"
     peers.check_others()
@@ -198,8 +200,9 @@ def test_a_deadline_while_sending(peers: Peers) -> None:
     pid = peers.server_pid(client)
     os.kill(pid, signal.SIGSTOP)
     try:
-        # (gRPC copies it first, and only then looks at the clock.)
-        answer = client.ask(op="echo", size=(8 if peers.is_grpc else 64) * MIB, timeout=0.5)
+        # (gRPC copies it first, and only then looks at the clock; its window for requests is less
+        # than 1 MiB.)
+        answer = client.ask(op="echo", size=(1 if peers.is_grpc else 64) * MIB, timeout=0.5)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGCONT)

@@ -29,11 +29,12 @@ HELLO, CALL, ITEM, END, CREDIT = 1, 2, 3, 4, 5
 class Stranger:
     """A DEALER. What it sends is whole frames; what it gets it joins."""
 
-    def __init__(self, endpoint: str, window: int = 1 << 16) -> None:
+    def __init__(self, endpoint: str, window: int = 1 << 16, messages_max: int = 1000) -> None:
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.dealer = self.context.socket(zmq.DEALER)
         self.dealer.linger = 0
         self.dealer.rcvtimeo = 5000
+        self.dealer.rcvhwm = messages_max  # that its libzmq reads ahead of it
         self.dealer.connect(endpoint)
         self.input = b""
         self.calls = 0
@@ -76,17 +77,21 @@ class Stranger:
 
 from ipc_bridge import Error, Status, connect  # noqa: E402
 from ipc_bridge.harness.curve_keys import make_keys  # noqa: E402
-from peer_support import client, ended, peer, run_client, served  # noqa: E402
-from processes import fds, rss_bytes, sleeps, stopped  # noqa: E402
+from peer_support import NOBODY, client, ended, peer, run_client, served  # noqa: E402
+from probe_support import Server  # noqa: E402
+from processes import fds, rss_bytes, sleeps, status_field, stopped  # noqa: E402
 from support import LANGUAGES, MIB, until  # noqa: E402
 
 SCHEMES = ("zmq+ipc", "zmq+tcp")
 of_servers = pytest.mark.parametrize("server", LANGUAGES)
 of_clients = pytest.mark.parametrize("caller", LANGUAGES)
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as another user")
 over_both = pytest.mark.parametrize("scheme", SCHEMES)
+REFUSED = 10 + Status.PERMISSION_DENIED
+UNAVAILABLE = 10 + Status.UNAVAILABLE
 UNAUTHENTICATED = 10 + Status.UNAUTHENTICATED
 # Without keys on one end: who of the two hangs up first decides whether the client hears why.
-NO_HANDSHAKE = (UNAUTHENTICATED, 10 + Status.UNAVAILABLE)
+NO_HANDSHAKE = (UNAUTHENTICATED, UNAVAILABLE)
 
 
 def address(scheme: str, directory: Path) -> str:
@@ -94,8 +99,8 @@ def address(scheme: str, directory: Path) -> str:
 
 
 @contextlib.contextmanager
-def stranger(url: str, window: int = 1 << 16) -> Iterator[Stranger]:
-    made = Stranger(url.removeprefix("zmq+"), window)
+def stranger(url: str, window: int = 1 << 16, messages_max: int = 1000) -> Iterator[Stranger]:
+    made = Stranger(url.removeprefix("zmq+"), window, messages_max)
     try:
         yield made
     finally:
@@ -168,6 +173,66 @@ def test_a_stalled_client_costs_its_window_and_nobody_else_an_item(
                 assert rss_bytes(up.pid) - before < 8 * MIB + 16 * MIB
                 with connect(up.url) as bridge:
                     assert bytes(bridge.echo(b"alive", timeout=1.0)) == b"alive"
+
+
+@contextlib.contextmanager
+def serving(program: str, url: str, server: str) -> Iterator[tuple[str, int]]:
+    """The peer serves all clients in one thread; the probe, whose handlers block, in one each."""
+    if program == "peer":
+        with served(url, server, "--max-payload", "1MiB") as up:
+            yield up.url, up.pid
+    else:
+        with Server(server, url, "--max-payload", str(MIB)) as up:
+            yield up.url, up.pid
+
+
+@of_servers
+@pytest.mark.parametrize(("program", "scheme"), [("peer", "zmq+tcp"), ("probe", "zmq+ipc")])
+def test_who_does_not_read_answers_is_hung_up_on(
+    program: str, scheme: str, server: str, tmp_path: Path
+) -> None:
+    """A ROUTER takes every answer, and cannot stop reading one client: both are bounded here."""
+    with (
+        serving(program, address(scheme, tmp_path), server) as (url, pid),
+        connect(url) as bridge,
+        stranger(url, messages_max=1) as caller,
+    ):
+        for _ in range(100):
+            bridge.echo(bytes(256 << 10))
+        before = status_field(pid, "VmHWM")
+        for _ in range(1000):  # 250 MiB, and as much of answers
+            caller.call(1, bytes(256 << 10))
+        assert bytes(bridge.echo(b"alive", timeout=5.0)) == b"alive"
+        while (frame := caller.frame())[2] != 0:
+            assert frame[:2] == (END, Status.OK)
+        assert frame[:2] == (END, Status.RESOURCE_EXHAUSTED)
+        assert caller.dealer.recv_multipart() == [b""]
+        assert bytes(bridge.echo(b"alive", timeout=5.0)) == b"alive"
+        assert (status_field(pid, "VmHWM") - before) << 10 < 32 * MIB
+
+
+@needs_root
+@of_servers
+@of_clients
+def test_another_user_is_refused(caller: str, server: str) -> None:
+    """Row 22: by the socket's mode; where somebody has opened that, by the server; and a client
+    asks whose socket it is."""
+    place = Path("/tmp") / f"ipc-bridge-zmq-{os.getpid()}"
+    place.mkdir()
+    os.chmod(place, 0o777)
+    try:
+        url = f"zmq+ipc://{place}/z"
+        words = ("echo", url, "--payload", "hello", "--timeout", "0.4")
+        with served(url, server), connect(url) as control:
+            assert run_client(caller, *words, nobody=True) == REFUSED
+            os.chmod(place / "z", 0o666)
+            assert run_client(caller, *words, nobody=True) in (REFUSED, UNAVAILABLE)
+            assert bytes(control.echo(b"hello", timeout=1.0)) == b"hello"
+        with served(url, server, nobody=True):
+            assert (place / "z").stat().st_uid == NOBODY
+            assert run_client(caller, "echo", url, "--payload", "secret") == REFUSED
+    finally:
+        shutil.rmtree(place)
 
 
 @of_servers
@@ -277,10 +342,10 @@ def test_keys(scheme: str, caller: str, server: str, tmp_path: Path) -> None:
         assert code(up.url, f"{tmp_path}/a/client.keys") == 0
         assert code(up.url, "", "0.5") in NO_HANDSHAKE
         assert code(up.url, str(mixed)) == UNAUTHENTICATED
-        assert code(up.url, f"{tmp_path}/b/client.keys", "0.3") == 10 + Status.UNAVAILABLE
+        assert code(up.url, f"{tmp_path}/b/client.keys", "0.3") == UNAVAILABLE
         assert code(up.url, f"{tmp_path}/a/server.keys") == 10 + Status.INVALID_ARGUMENT
         assert code(up.url, f"{tmp_path}/none.keys") == 10 + Status.NOT_FOUND
-        assert code(up.url, str(open_to_all)) == 10 + Status.PERMISSION_DENIED
+        assert code(up.url, str(open_to_all)) == REFUSED
         assert code(up.url, f"{tmp_path}/a/client.keys") == 0
     with served(address(scheme, tmp_path), server) as up:
         assert code(up.url, f"{tmp_path}/a/client.keys", "0.5") in NO_HANDSHAKE
@@ -288,8 +353,7 @@ def test_keys(scheme: str, caller: str, server: str, tmp_path: Path) -> None:
 
 @of_servers
 def test_beyond_loopback_it_takes_keys(server: str) -> None:
-    refused = 10 + Status.PERMISSION_DENIED
-    assert run_client(server, "serve", "zmq+tcp://0.0.0.0:0") == refused
+    assert run_client(server, "serve", "zmq+tcp://0.0.0.0:0") == REFUSED
 
 
 # --- two hosts ---
@@ -357,14 +421,30 @@ def test_two_hosts(caller: str, server: str, hosts: list[list[str]], tmp_path: P
 
 
 def test_time_passes_for_strangers(tmp_path: Path) -> None:
-    """(HANDSHAKE_IVL is 5 s, as is that of HELLO.) A connection that speaks no ZMTP is hung up."""
-    with (
-        served(address("zmq+ipc", tmp_path), "cpp") as up,
-        socket.socket(socket.AF_UNIX) as mute,
-    ):
-        mute.connect(up.url.removeprefix("zmq+ipc://"))
-        mute.settimeout(7)
+    """(HANDSHAKE_IVL is 5 s, as is that of HELLO.) Who speaks no ZMTP is hung up on, and who speaks
+    nothing but ZMTP: row 30."""
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    with contextlib.ExitStack() as stack:
+        stack.callback(context.destroy, 0)
+        mutes: list[socket.socket] = []
+        servers: list[tuple[int, int]] = []
+        for language in LANGUAGES:
+            directory = tmp_path / language
+            directory.mkdir()
+            up = stack.enter_context(served(address("zmq+ipc", directory), language))
+            servers.append((up.pid, fds(up.pid)))
+            mute = stack.enter_context(socket.socket(socket.AF_UNIX))
+            mute.connect(up.url.removeprefix("zmq+ipc://"))
+            mutes.append(mute)
+            for _ in range(20):
+                dealer = context.socket(zmq.DEALER)
+                dealer.reconnect_ivl = -1
+                dealer.connect(up.url.removeprefix("zmq+"))
         began = time.monotonic()
-        while mute.recv(1024):
-            pass
+        assert until(lambda: all(fds(pid) > before + 20 for pid, before in servers))
+        for mute in mutes:
+            mute.settimeout(7)
+            while mute.recv(1024):
+                pass
         assert time.monotonic() - began > 3
+        assert until(lambda: all(fds(pid) < before + 5 for pid, before in servers))

@@ -228,6 +228,12 @@ class Connection {
             std::ptrdiff_t count = 1;
             while (count > 0) {
                 if (session.state != State::RUNNING) {
+                    if (session.outbox.size() != 0 && !step()) {
+                        return false;
+                    }
+                    if (session.outbox.size() != 0) {
+                        return true;  // nothing more is read before END is out; see `exchange`
+                    }
                     session.decoder.release();
                 }
                 count = stream->try_read(session.decoder.space());
@@ -245,7 +251,7 @@ class Connection {
         if (session.state != State::RUNNING) {
             return met_ ? never : hello_deadline_ns_;
         }
-        if (session.credit > 0 && due_ns_ == 0) {
+        if (session.credit > 0 && due_ns_ == 0 && session.outbox.size() == 0) {
             return 0;
         }
         return std::min(due_ns_ != 0 ? due_ns_ : never, call_ ? call_->deadline_ns : never);

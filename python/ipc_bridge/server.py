@@ -180,7 +180,7 @@ class Connection:
         try:
             while self.step():
                 if self._is_quiet():
-                    self._serve_small()
+                    self._serve_small(self.stream.read, NEVER)
                 else:
                     self._exchange()
         except Error as error:  # a ProtocolError, a refusal, a system call that failed
@@ -190,10 +190,11 @@ class Connection:
         finally:
             self._leave()
 
-    def turn(self) -> bool:
-        """Take the input that is here, and step; False once the connection is over."""
+    def turn(self, until_ns: int) -> bool:
+        """Take the input that is here, and step; stay with this client until some time, if its
+        calls are small and nobody else has input. False once the connection is over."""
         try:
-            if self._turn():
+            if self._turn(until_ns):
                 return True
         except Error as error:
             self._refuse(error)
@@ -202,10 +203,16 @@ class Connection:
         self._leave()
         return False
 
-    def _turn(self) -> bool:
+    def _turn(self, until_ns: int) -> bool:
         session, count = self.session, 1
+        if self._is_quiet() and self._serve_small(self.stream.read_alone, until_ns):
+            return True
         while count > 0:
             if session.state is not RUNNING:
+                if session.outbox.size and not self.step():
+                    return False
+                if session.outbox.size:
+                    return True  # nothing more is read before END is out; see `_exchange`
                 session.decoder.release()
             count = self.stream.try_read(session.decoder.space())
             self._take(count)
@@ -218,7 +225,7 @@ class Connection:
         session = self.session
         if session.state is not RUNNING:
             return NEVER if self._met else self._hello_deadline_ns
-        if session.credit > 0 and self._due_ns == 0:
+        if session.credit > 0 and self._due_ns == 0 and not session.outbox.size:
             return 0
         return min(self._due_ns or NEVER, self._call.deadline_ns if self._call else NEVER)
 
@@ -349,20 +356,21 @@ class Connection:
         except Exception as error:
             self._fail_by(error)
 
-    def _serve_small(self) -> None:
+    def _serve_small(self, read: Callable[[memoryview, int], int], until_ns: int) -> bool:
         """The lane: `_exchange` and `step` in one, over and over, while the client's calls are
-        small unary ones, one by one, and each reply leaves in one write."""
+        small unary ones, one by one, and each reply leaves in one write. True: there was no input
+        by `until_ns`, or a shared loop has something else to do."""
         session, fresh_space = self.session, self.session.decoder.fresh_space
         find_unary, stream = self._service.find_unary, self.stream
         while (space := fresh_space()) is not None:
             self.is_idle = True
-            count = WOULD_BLOCK if self.draining else stream.read(space, NEVER)
+            count = WOULD_BLOCK if self.draining else read(space, until_ns)
             self.is_idle = False
             if count <= 0 or self.draining:
                 self._take(count)
-                return
+                return count == WOULD_BLOCK and not self.draining
             if not session.filled_by_call(count):
-                return
+                return False
             left_ms = session.remaining_ms
             call = self._undated
             if left_ms:
@@ -374,15 +382,16 @@ class Connection:
                 reply = None if stopped else session.end_small(answer)
                 if reply is None:
                     self._end(answer)
-                    return
+                    return False
             except Exception as error:
                 self._fail_by(error)
-                return
+                return False
             self._call = None
             count = stream.try_write((reply,))
             if count != len(reply) and count != END:
                 session.outbox.put_rest(reply, count)
-                return
+                return False
+        return False
 
     def _refuse(self, error: Error) -> None:
         """Tell the client why its connection ends."""
@@ -588,11 +597,11 @@ class Server:
     def _serve_all(self, hub: Hub, deadline_ns: int) -> bool:
         """A round of the loop in which one thread serves all: give a turn to those with input, and
         to those whose time has come. False at the deadline, or once the hub is interrupted."""
-        soonest_ns = min(self._due.values(), default=NEVER)
+        soonest_ns = min(self._due.values()) if self._due else NEVER
         stream = hub.next(min(soonest_ns, deadline_ns))
         served = 0
         while stream is not None:
-            self._turn(self._by_stream.get(stream) or self._admit(stream))
+            self._turn(self._by_stream.get(stream) or self._admit(stream), soonest_ns)
             served += 1
             if soonest_ns or served == TURNS_MAX:
                 break
@@ -602,12 +611,12 @@ class Server:
         now = now_ns()
         due = [connection for connection, due_ns in self._due.items() if due_ns <= now]
         for connection in due:
-            self._turn(connection)
+            self._turn(connection, 0)
         return bool(served or due)
 
-    def _turn(self, connection: Connection) -> None:
+    def _turn(self, connection: Connection, until_ns: int) -> None:
         try:
-            lives = connection.turn()
+            lives = connection.turn(until_ns)
         except Exception as error:
             log.error("a connection failed", exc_info=error)
             lives = False

@@ -154,6 +154,11 @@ class Stream(ABC):
                 self.spinner.fruitless += 1
                 return WOULD_BLOCK
 
+    def read_alone(self, buffer: memoryview, deadline_ns: int) -> int:
+        """`read` for a loop that serves many streams (see Hub.next): WOULD_BLOCK also says that
+        the loop has something else to do."""
+        return self.try_read(buffer)
+
     def arm(self) -> bool:
         """Prepare to sleep on `fileno` in a loop of one's own: True says "ready now, do not sleep".
 

@@ -1,0 +1,53 @@
+"""What ZeroMQ's sockets need at both ends: to receive, to send, and to be told of events."""
+
+from collections.abc import Sequence
+
+import zmq
+from zmq.utils.monitor import parse_monitor_message
+
+from ipc_bridge.system import NEVER, Buffer, now_ns
+
+SOCKETS_MAX = 65_535  # of a context; a client takes three, and the default is 1023
+RECEIVE_MS = 5  # in zmq_recv(3) before poll(2): most messages come by then, and it is one call
+REFERENCE_BYTES_MIN = 64 << 10  # below, a copy is cheaper than to tell when it was sent
+NOBLOCK, MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)  # an enum's arithmetic is slow
+WAIT = 0  # of a receive: for RECEIVE_MS
+POLLIN = int(zmq.POLLIN)
+
+
+def is_far(deadline_ns: int) -> bool:
+    """Is there time to wait in zmq_recv(3)?"""
+    return deadline_ns == NEVER or deadline_ns - now_ns() > RECEIVE_MS * 1_000_000
+
+
+def is_readable(sock: zmq.Socket[bytes]) -> bool:
+    return bool(int(sock.get(zmq.EVENTS)) & POLLIN)
+
+
+def send(sock: zmq.Socket[bytes], buffers: Sequence[Buffer]) -> int:
+    """Send one message, of which `buffers` are the parts, behind what was sent with SNDMORE.
+
+    Large bytes go by reference, as nobody can change them; all else is copied into the message.
+    """
+    size, left = 0, len(buffers)
+    for part in buffers:
+        left -= 1
+        count = len(part)
+        copied = count < REFERENCE_BYTES_MIN or type(part) is not bytes
+        sock.send(part, MORE if left else NOBLOCK, copied)
+        size += count
+    return size
+
+
+def events_of(monitor: zmq.Socket[bytes]) -> list[tuple[int, int]]:
+    """What the monitor has to tell: events, each with its value."""
+    found = []
+    while is_readable(monitor):
+        event = parse_monitor_message(monitor.recv_multipart(NOBLOCK))
+        found.append((int(event["event"]), int(event["value"])))
+    return found
+
+
+def close_monitor(sock: zmq.Socket[bytes], monitor: zmq.Socket[bytes]) -> None:
+    sock.disable_monitor()
+    monitor.close(0)
