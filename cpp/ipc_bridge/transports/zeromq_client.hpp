@@ -31,9 +31,6 @@ class Clients {
         return clients;
     }
 
-    // A socket does not survive them.
-    std::atomic<unsigned> forks = 0;
-
     // A DEALER. `close` it here.
     zmq::socket_t open() {
         const std::lock_guard lock(mutex_);
@@ -64,12 +61,11 @@ class Clients {
     }
 
     void after_fork() {
-        // The parent's: its threads are not here, and its descriptors are shared. (The mutex may
-        // be held by a thread that is not here either.)
+        // What it had is the parent's, and its threads are not here; see client's Orphan. (The
+        // mutex may be held by a thread that is not here either.)
         [[maybe_unused]] auto* leaked = context_.release();
         new (&mutex_) std::mutex;
         users_ = 0;
-        ++forks;
     }
 
     std::mutex mutex_;
@@ -84,8 +80,7 @@ class DealerStream : public Stream {
         : Stream(Wait::BLOCK),
           dealer_(std::move(dealer)),
           monitor_(std::move(monitor)),
-          url_(std::move(url)),
-          forks_(Clients::all().forks) {
+          url_(std::move(url)) {
         fds_[0] = {fd_of(dealer_), POLLIN, 0};
         fds_[1] = {fd_of(monitor_), POLLIN, 0};
     }
@@ -96,7 +91,6 @@ class DealerStream : public Stream {
     }
 
     std::ptrdiff_t try_write(Buffers buffers) override {
-        check_fork();
         if (gone_ || ended_) {
             return end_of_stream;
         }
@@ -108,7 +102,6 @@ class DealerStream : public Stream {
     }
 
     bool arm() override {
-        check_fork();
         const bool idle = read_ == part_.size() && !gone_ && !ended_ && !interrupted_;
         return !idle || is_readable(dealer_);
     }
@@ -135,10 +128,6 @@ class DealerStream : public Stream {
             return;
         }
         epoll_.close();
-        if (forks_ != Clients::all().forks) {  // the parent's: to touch it would disturb him
-            [[maybe_unused]] auto* leaked = new std::pair(std::move(dealer_), std::move(monitor_));
-            return;
-        }
         close_monitor(dealer_, monitor_);
         Clients::all().close(std::move(dealer_));
     }
@@ -167,7 +156,6 @@ class DealerStream : public Stream {
 
     // Take the next part that is not empty into `part_`: 1, would_block or end_of_stream.
     std::ptrdiff_t take(Receive* how) {
-        check_fork();
         read_ = 0;  // of `part_`, which zmq_msg_recv(3) empties also when there is nothing
         while (!ended_) {
             if (!how(dealer_, part_)) {
@@ -206,20 +194,9 @@ class DealerStream : public Stream {
         }
     }
 
-    void check_fork() const {
-        if (forks_ != Clients::all().forks) {
-            throw Error(
-                Status::FAILED_PRECONDITION,
-                "a ZeroMQ connection does not survive a fork; connect in the child",
-                url_
-            );
-        }
-    }
-
     zmq::socket_t dealer_;
     zmq::socket_t monitor_;
     std::string url_;
-    unsigned forks_;
     zmq::message_t part_;   // that is being read
     std::size_t read_ = 0;  // bytes of it that were
     bool more_ = false;     // parts of its message

@@ -107,7 +107,7 @@ class Zmq(Transport):
         try:
             dealer.connect(self._address)
             if self._shake_hands(monitor, deadline_ns):
-                return DealerStream(dealer, monitor, self.url)
+                return DealerStream(dealer, monitor)
         except BaseException as error:
             close_monitor(dealer, monitor)
             CLIENTS.close(dealer)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import zmq
 
-from ipc_bridge.errors import Error, Status
 from ipc_bridge.system import (
     END,
     WOULD_BLOCK,
@@ -36,7 +35,6 @@ class Clients:
         self._lock = threading.Lock()
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
         self._users = 0
-        self.forks = 0  # a socket does not survive them
         os.register_at_fork(after_in_child=self._after_fork)
 
     def open(self) -> zmq.Socket[bytes]:
@@ -58,10 +56,10 @@ class Clients:
                 self._context = None
 
     def _after_fork(self) -> None:
+        """What it had is the parent's, and its threads are not here; see client.Orphan."""
         self._lock = threading.Lock()
         self._context = None
         self._users = 0
-        self.forks += 1
 
 
 CLIENTS = Clients()
@@ -70,18 +68,16 @@ CLIENTS = Clients()
 class DealerStream(Stream):
     """A client's end. Messages come whole, and are read bit by bit."""
 
-    def __init__(self, dealer: zmq.Socket[bytes], monitor: zmq.Socket[bytes], url: str) -> None:
+    def __init__(self, dealer: zmq.Socket[bytes], monitor: zmq.Socket[bytes]) -> None:
         self.spinner = Spinner(Wait.BLOCK)
         self._dealer = dealer
         self._monitor = monitor
-        self._url = url
         self._rest: memoryview | None = None  # of the part that is being read
         self._more = False  # parts of its message
         self._woken = False  # something may have come since we looked
         self._gone = False  # the server: no more will come than what is here
         self._ended = False
         self._interrupted = False
-        self._forks = CLIENTS.forks
         self._poll = select.poll()
         self._poll.register(dealer.fileno(), select.POLLIN)
         self._poll.register(monitor.fileno(), select.POLLIN)
@@ -106,8 +102,6 @@ class DealerStream(Stream):
 
     def _receive(self, buffer: memoryview, flags: int) -> int:
         """Read from the next part that is not empty."""
-        if self._forks != CLIENTS.forks:
-            raise self._forked()
         while not self._ended:
             woken, self._woken = self._woken, False
             if flags != WAIT and not woken and not is_readable(self._dealer):
@@ -140,8 +134,6 @@ class DealerStream(Stream):
         return END if self._gone else WOULD_BLOCK
 
     def try_write(self, buffers: Sequence[Buffer]) -> int:
-        if self._forks != CLIENTS.forks:
-            raise self._forked()
         if self._gone or self._ended:
             return END
         return send(self._dealer, buffers)
@@ -160,8 +152,6 @@ class DealerStream(Stream):
         return self._woken
 
     def arm(self) -> bool:
-        if self._forks != CLIENTS.forks:
-            raise self._forked()
         idle = self._rest is None and not (self._gone or self._ended or self._interrupted)
         return not idle or is_readable(self._dealer)
 
@@ -178,7 +168,7 @@ class DealerStream(Stream):
         self._interrupted = True
 
     def close(self) -> None:
-        if self._dealer.closed or self._forks != CLIENTS.forks:
+        if self._dealer.closed:
             return
         if self._epoll is not None:
             self._epoll.close()
@@ -189,7 +179,3 @@ class DealerStream(Stream):
         """(Only this call touches the monitor's socket: its descriptor tells the truth.)"""
         for number, _ in events_of(self._monitor):
             self._gone = self._gone or number == zmq.EVENT_DISCONNECTED
-
-    def _forked(self) -> Error:
-        what = "a ZeroMQ connection does not survive a fork; connect in the child"
-        return Error(Status.FAILED_PRECONDITION, what, self._url)
