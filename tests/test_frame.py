@@ -400,6 +400,7 @@ def test_decoder_holds_a_request_while_others_come() -> None:
             feed(decoder, frame_bytes(item(1, n, bytes([n & 255]) * 5000)))
         assert view == request
         decoder.release()
+        assert len(decoder.space()) >= HEADER_BYTES + size  # what has grown is there again
 
 
 def test_decoder_memory_is_bounded() -> None:

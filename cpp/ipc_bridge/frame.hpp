@@ -341,10 +341,15 @@ class Decoder {
     // Keep the payload that `next` returned last valid while more input is read.
     void hold() { floor_ = start_; }
 
-    // End `hold`.
+    // End `hold`. Of the held buffer and the one that took its place the larger goes on, if nothing
+    // stands in that: what a large payload has made grow is there for the next one.
     void release() {
         floor_ = 0;
-        held_.reset();
+        if (start_ == end_ && held_capacity_ > capacity_) {
+            std::swap(buffer_, held_);
+            std::swap(capacity_, held_capacity_);
+            start_ = end_ = 0;
+        }
     }
 
     // Nothing of an unfinished frame is here: a good place for the input to end.
@@ -356,15 +361,18 @@ class Decoder {
         const std::size_t size = end_ - start_;
         if (floor_ == 0 && need <= capacity_) {
             std::memmove(buffer_.get(), buffer_.get() + start_, size);
-        } else {
-            auto old = std::move(buffer_);
-            const std::size_t start = start_;
+        } else if (floor_ == 0) {
+            const auto old = std::move(buffer_);
             renew(std::max(need, buffer_bytes));
-            std::memcpy(buffer_.get(), old.get() + start, size);
-            if (floor_ != 0) {
-                held_ = std::move(old);  // Python's views keep theirs alive by themselves
-                floor_ = 0;
+            std::memcpy(buffer_.get(), old.get() + start_, size);
+        } else {
+            std::swap(buffer_, held_);
+            std::swap(capacity_, held_capacity_);
+            if (capacity_ < std::max(need, buffer_bytes)) {
+                renew(std::max(need, buffer_bytes));
             }
+            std::memcpy(buffer_.get(), held_.get() + start_, size);
+            floor_ = 0;
         }
         start_ = 0;
         end_ = size;
@@ -389,12 +397,13 @@ class Decoder {
 
     std::unique_ptr<std::byte[]> buffer_;
     std::size_t capacity_ = 0;
-    std::size_t start_ = 0;  // of what is not decoded yet
-    std::size_t end_ = 0;    // of what has been read
-    std::size_t need_ = 0;   // bytes of the frame at `start_`; 0: not known yet
-    std::size_t floor_ = 0;  // below it the buffer is held
-    int refills_ = 0;        // since the grown buffer was last needed
-    std::unique_ptr<std::byte[]> held_;
+    std::size_t start_ = 0;              // of what is not decoded yet
+    std::size_t end_ = 0;                // of what has been read
+    std::size_t need_ = 0;               // bytes of the frame at `start_`; 0: not known yet
+    std::size_t floor_ = 0;              // below it the buffer is held
+    int refills_ = 0;                    // since the grown buffer was last needed
+    std::unique_ptr<std::byte[]> held_;  // the other buffer: held, or spare
+    std::size_t held_capacity_ = 0;
 };
 
 }  // namespace frame

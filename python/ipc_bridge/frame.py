@@ -280,6 +280,7 @@ class Decoder:
         self._view = memoryview(self._buffer)
         self._start = 0  # of what is not decoded yet
         self._end = 0  # of what has been read
+        self._held = bytearray()  # the other buffer: held, or spare
         self._need = 0  # bytes of the frame at `_start`; 0: not known yet
         self._floor = 0  # below it the buffer is held
         self._grown = False  # the buffer is above BUFFER_BYTES
@@ -402,8 +403,14 @@ class Decoder:
         self._floor = self._start
 
     def release(self) -> None:
-        """End `hold`."""
+        """End `hold`. Of the held buffer and the one that took its place the larger goes on, if
+        nothing stands in that: what a large payload has made grow is there for the next one."""
         self._floor = 0
+        if self._start == self._end and len(self._held) > len(self._buffer):
+            self._held, self._buffer = self._buffer, self._held
+            self._view = memoryview(self._buffer)
+            self._grown = len(self._buffer) > BUFFER_BYTES
+            self._start = self._end = 0
 
     def is_clean(self) -> bool:
         """Nothing of an unfinished frame is here: a good place for the input to end."""
@@ -414,11 +421,15 @@ class Decoder:
         part = self._view[self._start : self._end]
         if self._floor == 0 and need <= len(self._buffer):
             self._view[: len(part)] = part
-        else:  # whoever holds a view of the old buffer keeps it alive
-            self._buffer = bytearray(max(need, BUFFER_BYTES))
+        else:
+            size = max(need, BUFFER_BYTES)
+            if self._floor:
+                self._held, self._buffer = self._buffer, self._held
+            if not self._floor or len(self._buffer) < size:
+                self._buffer = bytearray(size)  # whoever has a view of the old one keeps it alive
             self._view = memoryview(self._buffer)
             self._view[: len(part)] = part
-            self._grown = need > BUFFER_BYTES
+            self._grown = len(self._buffer) > BUFFER_BYTES
             self._floor = self._refills = 0
         self._start, self._end = 0, len(part)
 
