@@ -427,6 +427,7 @@ def test_time_passes_for_strangers(tmp_path: Path) -> None:
     with contextlib.ExitStack() as stack:
         stack.callback(context.destroy, 0)
         mutes: list[socket.socket] = []
+        dealers: list[zmq.Socket[bytes]] = []  # (pyzmq closes what nobody holds)
         servers: list[tuple[int, int]] = []
         for language in LANGUAGES:
             directory = tmp_path / language
@@ -440,6 +441,7 @@ def test_time_passes_for_strangers(tmp_path: Path) -> None:
                 dealer = context.socket(zmq.DEALER)
                 dealer.reconnect_ivl = -1
                 dealer.connect(up.url.removeprefix("zmq+"))
+                dealers.append(dealer)
         began = time.monotonic()
         assert until(lambda: all(fds(pid) > before + 20 for pid, before in servers))
         for mute in mutes:
