@@ -2,7 +2,7 @@
 
 Sans-IO twins: one session goes by `call_small`, `filled_by_reply`, `filled_by_call`, `end_small`,
 the other by what these stand for. Then clients and servers over a channel that takes and gives any
-part of what it is asked for. (Both mixed, in any order: `TwoSessions` of test_session.)
+part of what it is asked for. (Both mixed, in any order: `TwoSessions` of test_two_sessions.)
 """
 
 import random
