@@ -33,8 +33,9 @@ def usage(words: list[str]) -> str:
 
 
 @contextmanager
-def serving(words: list[str]) -> Iterator[str]:
-    """A server that is ready, and its address. (Some leave with their client, some never do.)"""
+def serving(words: list[str], leaves: bool) -> Iterator[str]:
+    """A server that is ready, and its address. One that leaves with its client is waited for: what
+    it has made by a key would stay if it was ended before it had removed it. Some never leave."""
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as server:
         try:
             assert server.stdout is not None
@@ -43,6 +44,8 @@ def serving(words: list[str]) -> Iterator[str]:
             if word != "ready":
                 sys.exit(f"{shlex.join(words)} has not become ready")
             yield address
+            if leaves:
+                server.wait(PATIENCE_S)
         finally:
             server.terminate()
 
@@ -59,7 +62,8 @@ def ping(name: str, client: str, server: str) -> str:
         for word, form in ADDRESSES.items():
             if f" {word} " in told:
                 address = form.format(address)
-        with serving([*serve, address, SIZE, WAIT]) as address:
+        leaves = address == ADDRESSES["KEY"]
+        with serving([*serve, address, SIZE, WAIT], leaves) as address:
             return run([*words, address, SIZE, WAIT, ROUNDS])
 
 
