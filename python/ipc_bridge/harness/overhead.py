@@ -35,6 +35,7 @@ from ipc_bridge.harness.programs import (
     served,
     served_peer,
 )
+from ipc_bridge.harness.runner import address_of
 from ipc_bridge.peer import SIZE, UNITS
 
 MECHANISMS = (
@@ -113,18 +114,13 @@ def bare_p50_ns(cell: Cell, size_bytes: int) -> float:
     if cell.transport == LINE:
         words = ["line", str(client_core), str(server_core), str(LINE_S)]
         return p50_ns(run([binary("ipc-bridge-floors"), *words]))
-    program = bare(BARE.get(cell.transport, cell.transport), cell.client)
+    mechanism = BARE.get(cell.transport, cell.transport.replace("-", "_"))
+    program = bare(mechanism, cell.client)
     pings = max(PINGS_MIN, min(PINGS[cell.client], PING_BYTES // max(1, size_bytes)))
     message = [str(size_bytes), cell.wait]
-    with private_directory() as directory:
-        path = os.path.join(directory, "bare")
-        address = {  # a port, a key, a target of gRPC, or a path
-            "tcp": "0",
-            "sysv-queue": str(os.getpid()),
-            "sysv-shm": str(os.getpid()),
-            "grpc+unix": f"unix:{path}",
-            "grpc+tcp": "127.0.0.1:0",
-        }.get(cell.transport, path)
+    with private_directory() as directory, address_of(mechanism, directory) as address:
+        if cell.transport == "grpc+tcp":
+            address = "127.0.0.1:0"
         with served([*program, "serve", address, *message], server_core) as server:
             out = run([*program, "ping", server.address, *message, str(pings)], client_core)
     return p50_ns(out)
