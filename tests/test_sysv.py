@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from ipc_bridge import CallError, Error, Status, connect
-from ipc_bridge.transports import sysv_objects as sysv
+from ipc_bridge.transports import sysv_watcher
 from peer_support import kill, peer, run_client, served
 from processes import enter_private_ipc, sysv_objects
 from support import LANGUAGES, listen_url, until
@@ -42,7 +42,7 @@ def _nothing_is_left() -> Iterator[None]:
     assert until(lambda: sysv_objects() <= before, SEEN_S), sysv_objects() - before
 
 
-class Witness(sysv.Watched):
+class Witness(sysv_watcher.Watched):
     """Is watched, and notes when it is told that its peer has gone."""
 
     told = False
@@ -57,13 +57,13 @@ def test_an_event_of_a_closed_descriptor_ends_nobody_else() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         witness = Witness(ours)
-        watcher = sysv.watch(witness)
-        with sysv._changes:
+        watcher = sysv_watcher.watch(witness)
+        with sysv_watcher._changes:
             watcher._tell_gone(ours.fileno())
         assert not witness.told
         theirs.close()
         assert until(lambda: witness.told, SEEN_S)
-        sysv.unwatch(witness)
+        sysv_watcher.unwatch(witness)
 
 
 @over_schemes

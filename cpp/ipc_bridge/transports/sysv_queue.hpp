@@ -8,12 +8,12 @@
 // The stream of bytes goes through them in chunks, so that any payload passes through any queue.
 //
 // The trap: msgrcv(2) waits for a message and for nothing else: neither for a time nor for the
-// peer's end. So a watcher (sysv_objects) that knows both sends the sleeper a message of another
+// peer's end. So a watcher (sysv_watcher) that knows both sends the sleeper a message of another
 // type. And msgsnd(2) would wait for room for ever, so it never waits here: who finds the queue
 // full reads its own meanwhile (else two writers would wait for each other), and tries again.
 //
-// Copy with it: errors, system, meeting, unix_address, sysv_objects (and frame, session, client,
-// server for the calls).
+// Copy with it: errors, system, meeting, unix_address, sysv_objects, sysv_watcher, sysv_stream (and
+// frame, session, client, server for the calls).
 // Run: ipc-bridge-peer serve sysv-queue:///tmp/demo.queue
 #pragma once
 
@@ -34,6 +34,7 @@
 #include <ipc_bridge/errors.hpp>
 #include <ipc_bridge/system.hpp>
 #include <ipc_bridge/transports/sysv_objects.hpp>
+#include <ipc_bridge/transports/sysv_stream.hpp>
 
 namespace ipc_bridge {
 namespace sysv_queue {

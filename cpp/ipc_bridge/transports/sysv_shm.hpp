@@ -16,10 +16,10 @@
 //
 // The trap: semaphores count up to 32,767, so they count slots, not bytes. SEM_UNDO would undo a
 // dead peer's work under the living one. And semop(2) waits for its unit and for nothing else: a
-// watcher (sysv_objects) wakes the sleeper, by giving a unit that stands for nothing.
+// watcher (sysv_watcher) wakes the sleeper, by giving a unit that stands for nothing.
 //
-// Copy with it: errors, system, meeting, unix_address, sysv_objects (and frame, session, client,
-// server for the calls).
+// Copy with it: errors, system, meeting, unix_address, sysv_objects, sysv_watcher, sysv_stream (and
+// frame, session, client, server for the calls).
 // Run: ipc-bridge-peer serve sysv-shm:///tmp/demo.shm
 #pragma once
 
@@ -42,6 +42,7 @@
 #include <ipc_bridge/errors.hpp>
 #include <ipc_bridge/system.hpp>
 #include <ipc_bridge/transports/sysv_objects.hpp>
+#include <ipc_bridge/transports/sysv_stream.hpp>
 
 namespace ipc_bridge {
 namespace sysv_shm {

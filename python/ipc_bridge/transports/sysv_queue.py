@@ -7,12 +7,12 @@ Meeting: `meeting`; the server makes a pair of queues for each client, and its a
 The stream of bytes goes through them in chunks, so that any payload passes through any queue.
 
 The trap: msgrcv(2) waits for a message and for nothing else: neither for a time nor for the peer's
-end. So a watcher (sysv_objects) that knows both sends the sleeper a message of another type. And
+end. So a watcher (sysv_watcher) that knows both sends the sleeper a message of another type. And
 msgsnd(2) would wait for room for ever, so it never waits here: who finds the queue full reads its
 own meanwhile (else two writers would wait for each other), and tries again.
 
-Copy with it: errors, system, meeting, unix_address, sysv_objects (and frame, session, client,
-server for the calls). Python needs sysv_ipc.
+Copy with it: errors, system, meeting, unix_address, sysv_objects, sysv_watcher, sysv_stream (and
+frame, session, client, server for the calls). Python needs sysv_ipc.
 Run: python -m ipc_bridge.peer serve sysv-queue:///tmp/demo.queue
 """
 
@@ -26,17 +26,8 @@ import sysv_ipc
 
 from ipc_bridge.errors import Error, ProtocolError, SystemError
 from ipc_bridge.system import END, WOULD_BLOCK, Buffer, Wait
-from ipc_bridge.transports.sysv_objects import (
-    Journal,
-    Object,
-    Part,
-    SysvStream,
-    SysvTransport,
-    Way,
-    limit,
-    refusal,
-    remove,
-)
+from ipc_bridge.transports.sysv_objects import Journal, Object, limit, refusal, remove
+from ipc_bridge.transports.sysv_stream import Part, SysvStream, SysvTransport, Way
 
 DATA, WAKE = 1, 2  # types of messages: a chunk of the stream; nothing, for whoever sleeps
 CHUNK_BYTES_MAX = 64 << 10  # of a message, where the machine allows more: more gains nothing

@@ -16,11 +16,11 @@ memory itself would need atomic instructions, which Python does not have.
 
 The trap: semaphores count up to 32,767, so they count slots, not bytes. SEM_UNDO would undo a dead
 peer's work under the living one. And acquire(timeout) of sysv_ipc ignores its timeout wherever
-SEMAPHORE_TIMEOUT_SUPPORTED is False, as in its wheels: a watcher (sysv_objects) wakes the sleeper
+SEMAPHORE_TIMEOUT_SUPPORTED is False, as in its wheels: a watcher (sysv_watcher) wakes the sleeper
 instead, by giving a unit that stands for nothing.
 
-Copy with it: errors, system, meeting, unix_address, sysv_objects (and frame, session, client,
-server for the calls). Python needs sysv_ipc.
+Copy with it: errors, system, meeting, unix_address, sysv_objects, sysv_watcher, sysv_stream (and
+frame, session, client, server for the calls). Python needs sysv_ipc.
 Run: python -m ipc_bridge.peer serve sysv-shm:///tmp/demo.shm
 """
 
@@ -34,15 +34,8 @@ import sysv_ipc
 
 from ipc_bridge.errors import ProtocolError
 from ipc_bridge.system import END, WOULD_BLOCK, Buffer, Wait
-from ipc_bridge.transports.sysv_objects import (
-    Journal,
-    Object,
-    Part,
-    SysvStream,
-    SysvTransport,
-    Way,
-    remove,
-)
+from ipc_bridge.transports.sysv_objects import Journal, Object, remove
+from ipc_bridge.transports.sysv_stream import Part, SysvStream, SysvTransport, Way
 
 SLOTS = 16  # of a buffer: enough that a writer and a reader seldom wait for each other
 SLOT_BYTES = 16 << 10  # with its head; a system call costs as much as copying some KiB
