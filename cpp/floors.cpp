@@ -132,6 +132,13 @@ class Child {
     pid_t pid_;
 };
 
+// The middle one, as of a latency.
+std::int64_t median(std::vector<std::int64_t>& samples) {
+    const auto middle = samples.begin() + static_cast<std::ptrdiff_t>(samples.size() / 2);
+    std::nth_element(samples.begin(), middle, samples.end());
+    return *middle;
+}
+
 void measure_line(int core, int other_core, std::int64_t span_ns) {
     Line* lines = share<Line>(2);
     std::atomic<std::uint32_t>& ping = lines[0].turn;
@@ -158,26 +165,30 @@ void measure_line(int core, int other_core, std::int64_t span_ns) {
         at_ns = now_ns();
         samples.push_back(at_ns - start_ns);
     }
-    const auto middle = samples.begin() + static_cast<std::ptrdiff_t>(samples.size() / 2);
-    std::nth_element(samples.begin(), middle, samples.end());
-    std::printf("p50_ns=%lld rounds=%zu\n", static_cast<long long>(*middle), samples.size());
+    std::printf(
+        "p50_ns=%lld rounds=%zu\n", static_cast<long long>(median(samples)), samples.size()
+    );
 }
 
-// `move` moves `size_bytes`, and is called until the time is up; then the rate is printed.
+// `move` moves `size_bytes`, and is called until the time is up; then the rate is printed: that of
+// the median slice, for a side that loses its core for a moment says nothing of the machine's best.
 template <class Move>
 void print_rate(std::size_t size_bytes, std::int64_t span_ns, Move move) {
     move();  // page faults and caches
+    const std::size_t moves = 1 + (chunks * chunk_bytes - 1) / size_bytes;  // of a slice
+    std::vector<std::int64_t> slices;
+    slices.reserve(1U << 16U);
     const std::int64_t began_ns = now_ns();
-    std::int64_t at_ns = began_ns;
-    double moved = 0.0;
-    while (at_ns - began_ns < span_ns) {
-        for (std::size_t bytes = 0; bytes < chunks * chunk_bytes; bytes += size_bytes) {
-            move();  // small ones many times between two looks at the clock
-            moved += static_cast<double>(size_bytes);
+    for (std::int64_t at_ns = began_ns; at_ns - began_ns < span_ns;) {
+        const std::int64_t start_ns = at_ns;
+        for (std::size_t i = 0; i < moves; ++i) {
+            move();
         }
         at_ns = now_ns();
+        slices.push_back(at_ns - start_ns);
     }
-    std::printf("bytes_per_second=%.0f\n", moved * 1e9 / static_cast<double>(at_ns - began_ns));
+    const auto moved = static_cast<double>(moves * size_bytes);
+    std::printf("bytes_per_second=%.0f\n", moved * 1e9 / static_cast<double>(median(slices)));
 }
 
 void measure_memcpy(int core, std::size_t size_bytes, std::int64_t span_ns) {

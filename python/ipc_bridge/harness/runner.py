@@ -66,6 +66,9 @@ class Launch(NamedTuple):
     wait: str
 
 
+Step = Floor | tuple[Launch, list[Cell]]
+
+
 @dataclass
 class Plan:
     """What to run, and how long."""
@@ -90,6 +93,21 @@ class Plan:
         for cell in self.cells:
             found[Launch(cell.transport, cell.client, cell.server, cell.wait)].append(cell)
         return found
+
+    def neighbours(self) -> list[list[Step]]:
+        """The launches, each group with the floors that it alone is compared with: a machine
+        drifts, and the ratio of neighbours drifts least."""
+        groups: dict[Any, list[Step]] = defaultdict(list)
+        users: dict[Floor | None, set[Any]] = defaultdict(set)
+        for launch, cells in self.launches().items():
+            group = launch.transport, launch.wait
+            groups[group].append((launch, cells))
+            for cell in cells:
+                users[floor_of(cell)].add(group)
+        for floor in self.floors():
+            group, *others = users[floor] or {floor}
+            groups[floor if others else group].append(floor)
+        return [*groups.values()]
 
 
 @dataclass
@@ -133,18 +151,19 @@ class Runner:
         return spent_s * (self.measured.rounds + 1) / self.measured.rounds
 
     def _round(self, number: int) -> None:
-        steps: list[Floor | tuple[Launch, list[Cell]]] = [*self._plan.floors()]
-        steps += [(launch, [*cells]) for launch, cells in self._plan.launches().items()]
-        self._random.shuffle(steps)
         self._steps, self._steps_of_round = 0, len(self._plan.cells) + len(self._plan.floors())
-        for step in steps:
-            if isinstance(step, Floor):
-                self._step(step, number)
-                self._floor(step, number)
-            else:
-                launch, cells = step
-                self._random.shuffle(cells)
-                self._launch(launch, cells, number)
+        neighbours = self._plan.neighbours()
+        self._random.shuffle(neighbours)
+        for steps in neighbours:
+            self._random.shuffle(steps)
+            for step in steps:
+                if isinstance(step, Floor):
+                    self._step(step, number)
+                    self._floor(step, number)
+                else:
+                    launch, cells = step
+                    self._random.shuffle(cells)
+                    self._launch(launch, cells, number)
         self._progress(self._steps_of_round, self._steps_of_round, f"round {number}")
 
     def _step(self, what: Cell | Floor, number: int) -> None:
