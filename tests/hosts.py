@@ -8,9 +8,9 @@ import pytest
 
 from ipc_bridge import Bridge
 from peer_support import Served
-from support import FRAMED, LANGUAGES
+from support import FRAMED, LANGUAGES, SLOW
 
-SEEN_S = 1.0  # in which a death is seen, and what it held is given back
+SEEN_S = 1.0 * SLOW  # in which a death is seen, and what it held is given back
 ENDLESS = str(10**12)  # items of a stream
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as another user")

@@ -261,4 +261,5 @@ def test_a_reader_that_stops_costs_its_window_at_most(host: Host, window: int) -
             time.sleep(0.02)
             peak = max(peak, rss_bytes(host.pid))
         host.check("during")
-    assert peak - before < window + 8 * MIB
+    if not SANITIZED:  # which keeps what was freed
+        assert peak - before < window + 8 * MIB

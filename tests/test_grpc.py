@@ -36,10 +36,10 @@ from peer_support import (
     start_server,
 )
 from processes import cpu_s, fds, stopped, threads
-from support import LANGUAGES, ROOT, SANITIZED, until
+from support import LANGUAGES, ROOT, SLOW, until
 
 SCHEMES = ("grpc+unix", "grpc+tcp")
-SEEN_S = 5.0 if SANITIZED else 1.0
+SEEN_S = 1.0 * SLOW
 UNAVAILABLE = EXIT_STATUS + Status.UNAVAILABLE
 EXISTS = EXIT_STATUS + Status.ALREADY_EXISTS
 REFUSED = EXIT_STATUS + Status.PERMISSION_DENIED

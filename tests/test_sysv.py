@@ -20,10 +20,10 @@ from ipc_bridge import CallError, Error, Status, connect
 from ipc_bridge.transports import sysv_watcher
 from peer_support import kill, peer, run_client, served
 from processes import enter_private_ipc, sysv_objects
-from support import LANGUAGES, listen_url, until
+from support import LANGUAGES, SLOW, listen_url, until
 
 SCHEMES = ("sysv-queue", "sysv-shm")
-SEEN_S = 1.0
+SEEN_S = 1.0 * SLOW
 
 over_schemes = pytest.mark.parametrize("scheme", SCHEMES)
 of_servers = pytest.mark.parametrize("server", LANGUAGES)
