@@ -23,6 +23,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cerrno>
 #include <cstddef>
@@ -103,10 +104,11 @@ inline bool send_record(
         head->cmsg_level = SOL_SOCKET;
         head->cmsg_type = SCM_RIGHTS;
         head->cmsg_len = CMSG_LEN(count * sizeof(int));
+        std::array<int, fds_max> fds{};
         for (std::size_t i = 0; i < count; ++i) {
-            const int one = record.fds[i].get();
-            std::memcpy(CMSG_DATA(head) + i * sizeof(int), &one, sizeof(int));
+            fds[i] = record.fds[i].get();
         }
+        std::memcpy(CMSG_DATA(head), fds.data(), count * sizeof(int));
     }
     return retrying([&] { return ::sendmsg(fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL); }) > 0;
 }
