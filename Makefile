@@ -41,7 +41,8 @@ configure: setup
 build: configure  ## build the C++ programs (SANITIZE=address,undefined or SANITIZE=thread)
 	@$(LOCKED) cmake --build $(BUILD)
 
-demo: build  ## show the four pairings talk over one transport (TRANSPORT=unix)
+demo: configure  ## show the four pairings talk over one transport (TRANSPORT=unix)
+	@$(LOCKED) cmake --build $(BUILD) --target ipc-bridge-peer _native
 	@$(VENV) -m ipc_bridge.harness.demo $(TRANSPORT)
 
 bench: build  ## measure all transports and pairings (PROFILE=quick|full, OUT=DIR)
