@@ -17,7 +17,11 @@ TRANSPORTS = list(parts.transports())
 LANGUAGES = ("C++", "Python")
 PAIRINGS = [(client, server) for client in LANGUAGES for server in LANGUAGES]
 TIMEOUT_S = 300.0 * SLOW  # of a build of everything, on a machine that has other work
-QUICK = "CMAKE_ARGS=-DCMAKE_BUILD_TYPE=None"  # neither optimised nor with debug information
+STRICT = "-DCMAKE_CXX_FLAGS=-Werror"  # beside the warnings that the project asks for
+# Neither optimised nor with debug information, and a library's sources in one go.
+QUICK = f"{STRICT} -DCMAKE_BUILD_TYPE=None -DCMAKE_UNITY_BUILD=ON"
+RELEASE = f"{STRICT} -DCMAKE_BUILD_TYPE=Release"  # some of gcc's warnings come with optimising
+RELEASED = "sysv-shm"  # of the headers that all share it has most, and is soon built
 THERMOSTAT = """the target was 20.0
 20.00, on the way to 22.0
 21.00, on the way to 22.0
@@ -75,15 +79,15 @@ def away(*words: str, where: Path) -> str:
         text=True,
         timeout=TIMEOUT_S,
         check=False,
-        env=environment(),
+        env=environment() | {"CCACHE_BASEDIR": str(where)},  # whoever uses it: it hits next time
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
-def smoke(project: Path, python: str) -> str:
+def smoke(project: Path, python: str, how: str = QUICK) -> str:
     """Build a project and run its smoke test, where this tree cannot be read."""
-    out = away("make", "smoke", QUICK, f"PYTHON={python}", where=project)
+    out = away("make", "smoke", f"CMAKE_ARGS={how}", f"PYTHON={python}", where=project)
     for file in project.glob("build/**/*.d"):
         assert str(ROOT) not in file.read_text(), "a header of this tree was included"
     return out
@@ -92,8 +96,12 @@ def smoke(project: Path, python: str) -> str:
 @pytest.fixture(scope="module")
 def python(tmp_path_factory: pytest.TempPathFactory) -> str:
     """That of a fresh virtual environment, outside of this tree."""
-    place = tmp_path_factory.mktemp("venv")
-    subprocess.run([sys._base_executable, "-m", "venv", str(place)], check=True)  # type: ignore[attr-defined]
+    return fresh_python(tmp_path_factory.mktemp("venv"), "--without-pip")
+
+
+def fresh_python(place: Path, *options: str) -> str:
+    words = [sys._base_executable, "-m", "venv", *options, str(place)]  # type: ignore[attr-defined]
+    subprocess.run(words, check=True)
     return str(place / "bin" / "python")
 
 
@@ -112,7 +120,7 @@ def test_a_pair_stands_alone(transport: str, python: str, tmp_path: Path) -> Non
 
     sizes = re.findall(r"^(\S+): \d+ lines of code of service and programs, ([\d,]+)", said, re.M)
     assert [language for language, _ in sizes] == list(LANGUAGES)
-    out = smoke(tmp_path / "new", python)
+    out = smoke(tmp_path / "new", python, RELEASE if transport == RELEASED else QUICK)
     for client, server in PAIRINGS:
         schemes = parts.transports()[transport].schemes
         assert all(f"{scheme}: {client} -> {server} ok\n" in out for scheme in schemes)
@@ -145,13 +153,29 @@ def test_one_language_alone(bare: list[str], python: str, tmp_path: Path) -> Non
     assert not (tmp_path / "CMakeLists.txt").exists()
 
 
-def test_a_program_may_be_deleted(python: str, tmp_path: Path) -> None:
+def test_half_a_pair_may_be_deleted(python: str, tmp_path: Path) -> None:
+    """A server in C++ and a client in Python; then no server at all."""
     exported("unix", str(tmp_path))
     (tmp_path / "cpp/thermostat/client.cpp").unlink()
     (tmp_path / "python/thermostat/server.py").unlink()
+    service = tmp_path / "python/thermostat/service.py"
+    service.write_text(service.read_text().partition("# --- from here on")[0])
+    there = {path for path in tmp_path.rglob("*") if path.is_file()}
 
     out = smoke(tmp_path, python)
     assert re.findall(r"^\S+: \S+ -> \S+ ok$", out, re.M) == ["unix: Python -> C++ ok"]
+    assert "nothing to be compared with; see whether this is right:\n" + THERMOSTAT in out
+
+    away("make", "clean", where=tmp_path)
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} == there
+
+    (tmp_path / "cpp/thermostat/server.cpp").unlink()
+    words = [python, "tests/smoke.py", "unix"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (
+        1,
+        "nothing to test: it takes a client and a server\n",
+    )
 
 
 def test_cpp_alone_has_no_python(tmp_path: Path) -> None:
@@ -162,7 +186,8 @@ def test_cpp_alone_has_no_python(tmp_path: Path) -> None:
     assert "Python" not in (tmp_path / "README.md").read_text().replace("Python's", "")
 
 
-def test_the_python_half_installs_as_a_package(python: str, tmp_path: Path) -> None:
+def test_the_python_half_installs_as_a_package(tmp_path: Path) -> None:
+    python = fresh_python(tmp_path / "venv")
     project = tmp_path / "new"
     exported("unix", str(project), "--language", "python", "--name", "parted")
     away(
@@ -196,7 +221,7 @@ def test_only_what_a_transport_needs(tmp_path: Path) -> None:
 
     package = {path.stem for path in tmp_path.glob("python/ipc_bridge/**/*.py")} - {"__init__"}
     headers = {path.stem for path in tmp_path.glob("cpp/ipc_bridge/**/*.hpp")}
-    core = {"client", "endpoint", "errors", "frame", "server", "session", "system"}
+    core = {"client", "endpoint", "errors", "frame", "packed", "server", "session", "system"}
     assert package == headers == {*core, "stream_socket", "unix_address"}
     assert "protobuf" not in text_of(tmp_path)
     assert "google" not in text_of(tmp_path)

@@ -65,16 +65,22 @@ def talk(client: str, server: str, scheme: str) -> str:
 
 
 def main(schemes: list[str]) -> None:
+    pairings = [(one, other) for one in languages("client") for other in languages("server")]
+    if not pairings:
+        sys.exit("nothing to test: it takes a client and a server")
     expected = ""
     for scheme in schemes:
-        for client in languages("client"):
-            for server in languages("server"):
-                printed = talk(client, server, scheme)
-                expected = expected or printed
-                if printed != expected:
-                    sys.exit(f"{client} -> {server} over {scheme} prints other text:\n{printed}")
-                print(f"{scheme}: {client} -> {server} ok")
-    print(f"each of them printed:\n{expected}", end="")
+        for client, server in pairings:
+            printed = talk(client, server, scheme)
+            expected = expected or printed
+            if printed != expected:
+                sys.exit(f"{client} -> {server} over {scheme} prints other text:\n{printed}")
+            print(f"{scheme}: {client} -> {server} ok")
+    if len(pairings) * len(schemes) == 1:
+        print("one pairing alone has nothing to be compared with; see whether this is right:")
+    else:
+        print("each of them printed:")
+    print(expected, end="")
 
 
 if __name__ == "__main__":
