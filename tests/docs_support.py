@@ -4,9 +4,9 @@
     <!-- not run: WHY -->   the next snippet is not for running
 
 Of the others, `sh` runs as it is, in order, with a server (a line that serves) in the background;
-Python is a program of its own, in the background if it serves; C++ is a function's body, all pages'
-in one program. `make TARGET` is looked at, not made. The only words replaced are /tmp/ and the port
-5000, so that test runs do not meet.
+Python is a program of its own, and C++ a function's body, all pages' in one program; what serves is
+in the background. `make TARGET` is looked at, not made. The only words replaced are /tmp/ and the
+port 5000, so that test runs do not meet.
 """
 
 import re
@@ -93,7 +93,8 @@ def script(page: Path, place: Place) -> str:
             words = f".venv/bin/python {snippet.name}.py"
             lines.append(BEHIND.format(words) if ".run()" in snippet.text else words)
         elif snippet.language == "cpp":
-            lines.append(f"./snippets {snippet.name}")
+            words = f"./snippets {snippet.name}"
+            lines.append(BEHIND.format(words) if "->run();" in snippet.text else words)
     return place.put("\n".join(lines) + "\n")
 
 

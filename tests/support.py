@@ -17,6 +17,8 @@ FRAMED = ["pipe", "unix", "tcp", "shm", "sysv-queue", "sysv-shm", "zmq+ipc", "zm
 TRANSPORTS = [*FRAMED, "stdio", "grpc+unix", "grpc+tcp"]  # FRAMED: any client, and any bytes
 LANGUAGES = ["cpp", "py"]
 PAIRINGS = [(client, server) for client in LANGUAGES for server in LANGUAGES]
+# For builds whose speed is all the same: not optimised, and by pip a library's sources in one go.
+QUICK = {"CMAKE_BUILD_TYPE": "None", "CMAKE_ARGS": "-DCMAKE_UNITY_BUILD=ON"}
 
 READY_S = 10.0 * SLOW
 ANSWER_S = 60.0 * SLOW  # far above what any command takes

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ipc_bridge.harness import parts
-from support import ROOT, SLOW
+from support import QUICK, ROOT, SLOW
 
 TIMEOUT_S = 170.0 * SLOW
 CONSUMER = """
@@ -47,7 +47,7 @@ def run(*words: str, check: bool = True) -> str:
         text=True,
         timeout=TIMEOUT_S,
         check=False,
-        env=os.environ | {"CMAKE_BUILD_TYPE": "None"},
+        env=os.environ | QUICK,
     )
     assert not check or done.returncode == 0, done.stdout
     return done.stdout
