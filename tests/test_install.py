@@ -4,6 +4,7 @@ projects of docs/library.md are built by test_docs.)"""
 import os
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -113,12 +114,53 @@ def test_nothing_installed_names_this_tree(prefix: Path) -> None:
             assert str(ROOT).encode() not in path.read_bytes(), path
 
 
-def test_the_wheel_holds_the_package_alone(tmp_path: Path) -> None:
-    run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path), str(ROOT))
+@pytest.fixture(scope="module")
+def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the wheel installs."""
+    place = tmp_path_factory.mktemp("wheel")
+    run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(place), str(ROOT))
+    (wheel,) = place.glob("ipc_bridge-*.whl")
+    zipfile.ZipFile(wheel).extractall(place / "site")
+    return place / "site"
 
-    (wheel,) = tmp_path.glob("ipc_bridge-*.whl")
-    names = set(zipfile.ZipFile(wheel).namelist())
+
+def test_the_wheel_holds_the_package_alone(unpacked: Path) -> None:
+    names = {str(path.relative_to(unpacked)) for path in unpacked.rglob("*")}
     assert {"ipc_bridge/py.typed", "ipc_bridge/bridge_pb2.py", "ipc_bridge/client.py"} <= names
-    tops = {name.partition("/")[0] for name in names}
+    tops = {path.name for path in unpacked.iterdir()}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"ipc_bridge"}
     assert not [name for name in names if "__pycache__" in name]
+
+
+def test_an_installed_export_copies_the_same(unpacked: Path, tmp_path: Path) -> None:
+    def python(*words: str) -> str:
+        """Without the hook by which an editable install finds this tree."""
+        path = f"PYTHONPATH={unpacked}:{sysconfig.get_path('purelib')}"
+        return run("env", "-C", "/", path, sys.executable, "-S", *words)
+
+    held = python("-c", "from ipc_bridge.harness import parts; print(parts.TREE)")
+    assert held == f"{unpacked}/ipc_bridge/harness/tree\n"
+    for words in (["all"], [*parts.transports(), "--bare"]):
+        program = ["-m", "ipc_bridge.harness.cli", "export", *words]
+        theirs, ours = tmp_path / f"theirs{len(words)}", tmp_path / f"ours{len(words)}"
+        python(*program, str(theirs))
+        run(sys.executable, *program, str(ours))
+        assert contents(theirs) == contents(ours)
+
+
+def contents(project: Path) -> dict[str, bytes]:
+    files = [path for path in project.rglob("*") if path.is_file()]
+    return {str(path.relative_to(project)): path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize("missing", ["click", "numpy"])
+def test_the_tools_say_what_they_lack(missing: str) -> None:
+    script = f"import sys; sys.modules[{missing!r}] = None; sys.argv[1:] = ['compare', 'a', 'b']; "
+    said = run(
+        sys.executable,
+        "-c",
+        script + "from ipc_bridge.harness.cli import main; sys.exit(main())",
+        check=False,
+    )
+    what = f"{missing} is missing: pip install 'ipc-bridge[harness]'"
+    assert said == f"error: FAILED_PRECONDITION: {what}\n"

@@ -8,11 +8,22 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-import click
-
 import ipc_bridge
+from ipc_bridge.errors import Error, Status
 from ipc_bridge.harness import programs
-from ipc_bridge.peer import CommandLineError
+from ipc_bridge.peer import CommandLineError, report_error
+
+
+def lacking(error: ModuleNotFoundError) -> Error:
+    """What to install."""
+    what = f"{error.name} is missing: pip install 'ipc-bridge[harness]'"
+    return Error(Status.FAILED_PRECONDITION, what)
+
+
+try:
+    import click
+except ModuleNotFoundError as error:
+    sys.exit(report_error(lacking(error)))
 
 # Its name: the module of this package that defines it, by that name.
 COMMANDS: dict[str, str] = {
@@ -36,7 +47,10 @@ class Commands(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
             return None
-        module = importlib.import_module(f"ipc_bridge.harness.{COMMANDS[name]}")
+        try:
+            module = importlib.import_module(f"ipc_bridge.harness.{COMMANDS[name]}")
+        except ModuleNotFoundError as error:
+            raise lacking(error) from None
         command: click.Command = getattr(module, name.replace("-", "_"))
         return command
 

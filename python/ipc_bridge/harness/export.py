@@ -1,6 +1,6 @@
 """`ipc-bridge export`: a transport as a project of its own, with a service to edit.
 
-What is written is read from this tree (see `parts`): the transport, the core that it needs, the
+What is written is read from the sources (see `parts`): the transport, the core that it needs, the
 thermostat of python/thermostat and cpp/thermostat, and the files of project/. In those that end
 with .in
 
@@ -28,8 +28,7 @@ import click
 import ipc_bridge
 from ipc_bridge.errors import Error, Status
 from ipc_bridge.harness import parts
-from ipc_bridge.harness.parts import NANOBIND, PACKAGE, PROTO, SOURCES, SUFFIX, Transport
-from ipc_bridge.harness.programs import ROOT
+from ipc_bridge.harness.parts import NANOBIND, PACKAGE, PROTO, SOURCES, SUFFIX, TREE, Transport
 from ipc_bridge.peer import CommandLineError
 
 PROJECT = Path(__file__).resolve().parent / "project"
@@ -68,13 +67,13 @@ def pair_files(chosen: list[Transport], languages: list[str]) -> Files:
         start = [*service, *(folder / f"{stem}{SUFFIX[language]}" for stem in stems)]
         start += parts.USES[language](parts.endpoint_file(language), cut)[0]
         found, foreign[language] = parts.closure(start)
-        files |= {str(path.relative_to(ROOT)): path.read_text() for path in found}
+        files |= {str(path.relative_to(TREE)): path.read_text() for path in found}
     if "py" in languages:
         package = f"python/{PACKAGE}"
         files[f"{package}/__init__.py"] = INIT
         files[f"{package}/transports/__init__.py"] = ""
         files[f"{package}/py.typed"] = ""
-    files["FRAME.md"] = (ROOT / "proto" / "FRAME.md").read_text()
+    files["FRAME.md"] = (TREE / "proto" / "FRAME.md").read_text()
     files |= around("pair", chosen, languages, foreign)
     if "py" not in languages:
         del files["pyproject.toml"]
@@ -138,9 +137,9 @@ def around(
         values["PROGRAMS"] = " ".join(bare_stem(one) for one in chosen)
     else:
         values |= by_hand(chosen, languages, run_python(kind, has_venv, "python3"))
-    files = {"LICENSE": (ROOT / "LICENSE").read_text()}
+    files = {"LICENSE": (TREE / "LICENSE").read_text()}
     if {"cppproto", "pyproto"} & flags:
-        files["proto/bridge.proto"] = (ROOT / "proto" / "bridge.proto").read_text()
+        files["proto/bridge.proto"] = (TREE / "proto" / "bridge.proto").read_text()
     for path in sorted((PROJECT / kind).rglob("*")):
         if not path.is_file() or (path.name == "CMakeLists.txt.in" and not builds):
             continue
@@ -174,7 +173,7 @@ def fill(text: str, flags: set[str], values: dict[str, str]) -> str:
 
 def requirements(modules: Iterable[str]) -> list[str]:
     """What pip is to install, with the versions that this project knows to work."""
-    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    pyproject = tomllib.loads((TREE / "pyproject.toml").read_text())
     project = pyproject["project"]
     extras = project["optional-dependencies"].values()
     known = [*project["dependencies"], *pyproject["build-system"]["requires"]]
@@ -378,7 +377,7 @@ def export(
     With --force, files that export did not write, or that were edited since, are kept and named.
     """
     if not (SOURCES["cpp"] / PACKAGE).is_dir():
-        what = "export reads the source tree; run it from a checkout of the project"
+        what = "the sources are missing here; run it from a checkout of the project"
         raise Error(Status.NOT_FOUND, what, str(SOURCES["cpp"]))
     chosen, languages = choose(transports), LANGUAGES[language]
     check_name(name)

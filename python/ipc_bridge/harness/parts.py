@@ -17,7 +17,10 @@ from pathlib import Path
 from ipc_bridge.harness.programs import ROOT
 
 PACKAGE = "ipc_bridge"
-SOURCES = {"py": ROOT / "python", "cpp": ROOT / "cpp"}
+# The sources: those that a wheel holds for us (see CMakeLists.txt), or the checkout around us.
+HELD = Path(__file__).with_name("tree")
+TREE = HELD if HELD.is_dir() else ROOT
+SOURCES = {"py": TREE / "python", "cpp": TREE / "cpp"}
 SUFFIX = {"py": ".py", "cpp": ".hpp"}
 ENTRY = ["dial", "listen"]  # of `endpoint`: all that an export needs of it
 FOR_ECHO = {"connect", "serve"}  # of `endpoint`: the same with echo and stream
