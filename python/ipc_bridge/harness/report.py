@@ -235,21 +235,25 @@ def markdown(document: Document) -> str:
         unit = {"us": "median in us", "items/s": "items a second", "MB/s": "MB a second"}[
             group.unit
         ]
-        heads = ["transport", *map(pairing_label, group.pairings), "C++ -> C++ / floor"]
-        lines += [f"**{group.title()}**, {unit}", "", row_of(heads)]
-        lines.append(row_of(["---", *["---:"] * (len(heads) - 1)]))
-        places = {pairing: group.places(pairing) for pairing in group.pairings}
-        for transport in group.transports:
-            cells = [
-                shown(group.find(transport, pairing), group, places[pairing].get(transport))
-                for pairing in group.pairings
-            ]
-            over = group.find(transport, ("cpp", "cpp"))
-            found = figure_of(over, "overhead") if over else None
-            lines.append(row_of([f"`{transport}`", *cells, f"{found.value:.2f}" if found else "-"]))
-        lines.append("")
+        lines += [f"**{group.title()}**, {unit}", "", *markdown_table(group), ""]
     lines += [f"- {text}" for text in caveats(document)]
     return "\n".join(lines) + "\n"
+
+
+def markdown_table(group: Group) -> list[str]:
+    """The main figures of one setting: transports by pairings."""
+    heads = ["transport", *map(pairing_label, group.pairings), "C++ -> C++ / floor"]
+    lines = [row_of(heads), row_of(["---", *["---:"] * (len(heads) - 1)])]
+    places = {pairing: group.places(pairing) for pairing in group.pairings}
+    for transport in group.transports:
+        cells = [
+            shown(group.find(transport, pairing), group, places[pairing].get(transport))
+            for pairing in group.pairings
+        ]
+        over = group.find(transport, ("cpp", "cpp"))
+        found = figure_of(over, "overhead") if over else None
+        lines.append(row_of([f"`{transport}`", *cells, f"{found.value:.2f}" if found else "-"]))
+    return lines
 
 
 def row_of(cells: list[str]) -> str:
