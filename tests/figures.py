@@ -61,7 +61,8 @@ def page_figures(readme: str, transport: str) -> str:
     for scheme in schemes:
         for setting, name in SETTINGS.items():
             heads, align, *rows = figures(readme, setting).splitlines()
-            (row,) = (row for row in rows if row.startswith(f"| `{scheme}` |"))
+            row = next((row for row in rows if row.startswith(f"| `{scheme}` |")), "")
+            assert row, f"the run has no {scheme}"
             lines = lines or [heads.replace("| transport |", "| |"), align]
             name = f"`{scheme}`: {name}" if len(schemes) > 1 else name
             lines.append(row.replace(f"`{scheme}`", name, 1))
@@ -81,15 +82,18 @@ def draw(document: Document) -> None:
 
 
 def main(where: list[str]) -> None:
-    readme = README.read_text()
-    if where:
-        document = results.load(results.newest(Path(where[0])))
-        readme = readme_with(readme, document)
-        draw(document)
-        README.write_text(readme)
+    document = results.load(results.newest(Path(where[0]))) if where else None
+    texts = {README: README.read_text()}
+    if document:
+        texts[README] = readme_with(texts[README], document)
     for transport in parts.transports():
         page = page_of(transport)
-        page.write_text(replaced(page.read_text(), transport, page_figures(readme, transport)))
+        made = page_figures(texts[README], transport)
+        texts[page] = replaced(page.read_text(), transport, made)
+    for path, text in texts.items():
+        path.write_text(text)
+    if document:
+        draw(document)
 
 
 if __name__ == "__main__":
