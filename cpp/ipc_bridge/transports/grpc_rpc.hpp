@@ -22,10 +22,11 @@
 //         -out server.pem
 // and the last two again for the client; then ?ca=ca.pem&cert=server.pem&key=server.key.
 //
-// gRPC is a session layer: this file gives the faces of Client and Server, not a Stream. Its source
-// is a file of its own, so that nobody else waits for gRPC's headers to compile.
+// gRPC is a session layer: this gives the faces of Client and Server, not a Stream. Its source is a
+// file of its own, so that nobody else waits for gRPC's headers to compile.
 //
-// Copy with it: bridge.proto, errors, frame, session, system, unix_address, client, server.
+// Copy with it: bridge.proto, grpc_options, grpc_tls, grpc_client, grpc_calls, grpc_server, errors,
+// frame, session, system, unix_address, client, server.
 // Run: ipc-bridge-peer serve grpc+unix:///tmp/demo.sock
 #pragma once
 
@@ -34,17 +35,10 @@
 
 #include <ipc_bridge/client.hpp>
 #include <ipc_bridge/server.hpp>
+#include <ipc_bridge/transports/grpc_tls.hpp>
 #include <ipc_bridge/transports/unix_address.hpp>
 
 namespace ipc_bridge {
-
-// Files in PEM form that let the peers of `grpc+tcp` know each other; "" for none.
-struct Keys {
-    std::string ca;    // who signs the other side's certificate
-    std::string cert;  // one's own
-    std::string key;   // and its private key
-    std::string name;  // that a client wants in the server's certificate, instead of the host
-};
 
 // An address that gRPC serves.
 class Grpc {

@@ -1,0 +1,423 @@
+// The calls that a server of gRPC runs: a handler, and what its client is told of it.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <deque>
+#include <exception>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <system_error>
+#include <thread>
+#include <unordered_set>
+#include <utility>
+#include <variant>
+
+#include <grpcpp/grpcpp.h>
+
+#include <ipc_bridge/bridge.grpc.pb.h>
+#include <ipc_bridge/errors.hpp>
+#include <ipc_bridge/frame.hpp>
+#include <ipc_bridge/server.hpp>
+#include <ipc_bridge/system.hpp>
+#include <ipc_bridge/transports/grpc_options.hpp>
+
+namespace ipc_bridge::grpc_rpc {
+
+// Items made before gRPC takes them: enough that it never waits for a fast producer.
+inline constexpr std::size_t queue_bytes_max = 64U << 10;
+// What an item costs there beside its payload.
+inline constexpr std::size_t item_extra_bytes = 64;
+
+inline std::chrono::steady_clock::time_point time_point_of(std::int64_t ns) {
+    return std::chrono::steady_clock::time_point(std::chrono::nanoseconds(ns));
+}
+
+// At most message_bytes_max, never cut inside a character (RFC 3629: bytes 10xxxxxx continue one).
+inline std::string clipped(std::string text) {
+    if (text.size() > message_bytes_max) {
+        std::size_t end = message_bytes_max;
+        while (end > 0 && (static_cast<unsigned char>(text[end]) & 0xC0U) == 0x80U) {
+            --end;
+        }
+        text.resize(end);
+    }
+    return text;
+}
+
+inline grpc::Status status_of(Status status, std::string text) {
+    return {static_cast<grpc::StatusCode>(status), clipped(std::move(text))};
+}
+
+// A call that runs; ended early from any thread by `cancel`.
+class RpcCall : public Call {
+  public:
+    explicit RpcCall(const grpc::CallbackServerContext& context)
+        : Call(deadline_of(context)), context_(context) {}
+
+    std::mutex mutex;
+    std::condition_variable changed;
+
+    bool is_cancelled() override { return reason() != Status::OK; }
+
+    void sleep(double seconds) override { sleep_until(deadline_after(seconds)); }
+
+    void sleep_until(std::int64_t until_ns) {
+        std::unique_lock lock(mutex);
+        wait(lock, std::min(until_ns, deadline_ns), [] { return false; });
+    }
+
+    std::uint32_t peer_payload_bytes_max() const override {
+        const auto& metadata = context_.client_metadata();
+        const auto found = metadata.find(max_payload_key);
+        if (found == metadata.end()) {
+            return frame::payload_bytes_max;
+        }
+        const std::string text(found->second.data(), found->second.size());
+        return static_cast<std::uint32_t>(
+            std::min<unsigned long>(std::strtoul(text.c_str(), nullptr, 10), frame::u32_max)
+        );
+    }
+
+    // Why the call must end before its handler is done; OK: it need not.
+    Status reason() const {
+        const Status why = why_;
+        if (why == Status::OK && deadline_ns != never && now_ns() >= deadline_ns) {
+            return Status::DEADLINE_EXCEEDED;
+        }
+        return why;
+    }
+
+    // The first reason counts.
+    void cancel(Status why) {
+        const std::lock_guard lock(mutex);
+        Status none = Status::OK;
+        why_.compare_exchange_strong(none, why);
+        changed.notify_all();
+    }
+
+    // Wait, with the mutex held, until it is so, a time, or the end of the call.
+    template <class Condition>
+    void wait(std::unique_lock<std::mutex>& lock, std::int64_t until_ns, Condition is_so) {
+        const auto done = [&] { return why_ != Status::OK || is_so(); };
+        if (until_ns == never) {
+            changed.wait(lock, done);
+        } else {
+            changed.wait_until(lock, time_point_of(until_ns), done);
+        }
+    }
+
+  private:
+    static std::int64_t deadline_of(const grpc::CallbackServerContext& context) {
+        const gpr_timespec deadline = context.raw_deadline();
+        const gpr_timespec left = gpr_time_sub(deadline, gpr_now(deadline.clock_type));
+        if (left.tv_sec > static_cast<std::int64_t>(timeout_s_max)) {
+            return never;
+        }
+        return now_ns() + left.tv_sec * 1'000'000'000 + left.tv_nsec;
+    }
+
+    const grpc::CallbackServerContext& context_;
+    std::atomic<Status> why_ = Status::OK;
+};
+
+// What all calls of a server share.
+struct Shared {
+    Shared(Service service_, const ServeOptions& options_)
+        : service(std::move(service_)), options(options_) {}
+
+    Service service;
+    ServeOptions options;
+    std::mutex mutex;
+    std::condition_variable changed;
+    std::unordered_set<RpcCall*> calls;
+    bool inline_taken = false;  // a handler runs on a thread of gRPC
+
+    // A call begins. False: there are too many.
+    bool enter(RpcCall& call) {
+        const std::lock_guard lock(mutex);
+        return calls.size() < options.clients_max && calls.insert(&call).second;
+    }
+
+    void leave(RpcCall& call) {
+        const std::lock_guard lock(mutex);
+        if (calls.erase(&call) != 0) {
+            changed.notify_all();
+        }
+    }
+
+    bool take_inline() {
+        const std::lock_guard lock(mutex);
+        return !std::exchange(inline_taken, true);
+    }
+
+    void give_inline() {
+        const std::lock_guard lock(mutex);
+        inline_taken = false;
+    }
+
+    grpc::Status full() const {
+        return status_of(
+            Status::RESOURCE_EXHAUSTED,
+            "the server has " + std::to_string(options.clients_max) +
+                " calls under way and takes no more"
+        );
+    }
+
+    // A payload to the client. Throws Error: RESOURCE_EXHAUSTED.
+    static void check_size(const RpcCall& call, std::size_t size) {
+        const std::uint32_t size_max = call.peer_payload_bytes_max();
+        if (size > size_max) {
+            throw Error(Status::RESOURCE_EXHAUSTED, too_large(size, "client", size_max));
+        }
+    }
+
+    // A request. Throws Error: RESOURCE_EXHAUSTED. (gRPC's own limit is a little above.)
+    void check_request(std::size_t size) const {
+        if (size > options.payload_bytes_max) {
+            throw Error(
+                Status::RESOURCE_EXHAUSTED, too_large(size, "server", options.payload_bytes_max)
+            );
+        }
+    }
+};
+
+// Run a handler; how the call ends.
+template <class Body>
+grpc::Status guarded(const RpcCall& call, Body body) {
+    try {
+        body();
+    } catch (const Error& error) {
+        return status_of(error.status, error.message);
+    } catch (const std::exception& error) {
+        return status_of(Status::INTERNAL, error.what());
+    } catch (...) {
+        return status_of(Status::INTERNAL, "a handler failed");
+    }
+    const Status why = call.reason();
+    return why == Status::OK ? grpc::Status::OK : status_of(why, reason_text(why));
+}
+
+// A unary call.
+class Unary : public grpc::ServerUnaryReactor {
+  public:
+    Unary(
+        Shared& shared,
+        const grpc::CallbackServerContext& context,
+        std::uint32_t method,
+        Bytes request,
+        std::string* reply
+    )
+        : shared_(shared), call_(context), method_(method), request_(request), reply_(reply) {
+        if (!shared_.enter(call_)) {
+            Finish(shared_.full());
+        } else if (shared_.take_inline()) {
+            const grpc::Status status = run();
+            shared_.give_inline();
+            end(status);
+        } else {
+            start_thread();
+        }
+    }
+
+    void OnCancel() override { call_.cancel(Status::CANCELLED); }
+
+    void OnDone() override { delete this; }
+
+  private:
+    void start_thread() {
+        try {
+            std::thread([this] { end(run()); }).detach();
+        } catch (const std::system_error&) {
+            end(status_of(Status::RESOURCE_EXHAUSTED, "the server has no further thread"));
+        }
+    }
+
+    grpc::Status run() {
+        return guarded(call_, [this] {
+            shared_.check_request(request_.size());
+            const auto number = static_cast<std::uint16_t>(std::min(method_, 0xFFFFU));
+            const Payload payload = shared_.service.find_unary(number)(call_, request_);
+            const Bytes bytes = payload.bytes();
+            Shared::check_size(call_, bytes.size());
+            reply_->assign(reinterpret_cast<const char*>(bytes.data()), bytes.size());
+        });
+    }
+
+    // The last that is done here: OnDone may come at once.
+    void end(const grpc::Status& status) {
+        shared_.leave(call_);
+        Finish(status);
+    }
+
+    Shared& shared_;
+    RpcCall call_;
+    std::uint32_t method_;
+    Bytes request_;
+    std::string* reply_;
+};
+
+// A streaming call: a thread makes the items, gRPC's threads write them.
+class Streaming : public grpc::ServerWriteReactor<StreamItem> {
+  public:
+    Streaming(
+        Shared& shared,
+        const grpc::CallbackServerContext& context,
+        std::uint32_t method,
+        std::string request
+    )
+        : shared_(shared), call_(context), method_(method), request_(std::move(request)) {
+        if (!shared_.enter(call_)) {
+            Finish(shared_.full());
+            return;
+        }
+        try {
+            std::thread([this] { run(); }).detach();
+        } catch (const std::system_error&) {
+            end(status_of(Status::RESOURCE_EXHAUSTED, "the server has no further thread"));
+        }
+    }
+
+    void OnWriteDone(bool ok) override {
+        bool is_over = false;
+        {
+            const std::lock_guard lock(call_.mutex);
+            queued_bytes_ -= cost(queue_.front());
+            queue_.pop_front();
+            if (!ok) {  // the call is over: OnCancel comes, too
+                queue_.clear();
+                queued_bytes_ = 0;
+            }
+            writing_ = !queue_.empty();
+            if (writing_) {
+                StartWrite(&queue_.front());
+            }
+            is_over = !writing_ && ended_;
+            call_.changed.notify_all();
+        }
+        if (is_over) {
+            Finish(status_);
+        }
+    }
+
+    void OnCancel() override { call_.cancel(Status::CANCELLED); }
+
+    void OnDone() override { delete this; }
+
+  private:
+    static std::size_t cost(const StreamItem& item) {
+        return item.payload().size() + item_extra_bytes;
+    }
+
+    void run() {
+        end(guarded(call_, [this] {
+            shared_.check_request(request_.size());
+            const auto number = static_cast<std::uint16_t>(std::min(method_, 0xFFFFU));
+            const Producer producer =
+                shared_.service.find_streaming(number)(call_, bytes_of(request_));
+            while (call_.reason() == Status::OK) {
+                const std::optional<Item> item = producer();
+                if (!item) {
+                    break;
+                }
+                if (const auto* pause = std::get_if<Pause>(&*item)) {
+                    call_.sleep_until(pause->until_ns);
+                } else {
+                    put(std::get<Payload>(*item).bytes());
+                }
+            }
+        }));
+    }
+
+    // Queue an item, once there is room.
+    void put(Bytes bytes) {
+        Shared::check_size(call_, bytes.size());
+        std::unique_lock lock(call_.mutex);
+        call_.wait(lock, call_.deadline_ns, [this] { return queued_bytes_ < queue_bytes_max; });
+        if (call_.reason() != Status::OK) {
+            return;
+        }
+        StreamItem& item = queue_.emplace_back();
+        item.set_payload(bytes.data(), bytes.size());
+        queued_bytes_ += cost(item);
+        if (!std::exchange(writing_, true)) {
+            StartWrite(&item);
+        }
+    }
+
+    // The last that is done here: OnDone may come at once.
+    void end(const grpc::Status& status) {
+        shared_.leave(call_);
+        bool is_over = false;
+        {
+            const std::lock_guard lock(call_.mutex);
+            ended_ = true;
+            status_ = status;
+            is_over = !writing_;
+        }
+        if (is_over) {
+            Finish(status);
+        }
+    }
+
+    Shared& shared_;
+    RpcCall call_;
+    std::uint32_t method_;
+    std::string request_;
+    std::deque<StreamItem> queue_;  // the first is being written
+    std::size_t queued_bytes_ = 0;
+    bool writing_ = false;
+    bool ended_ = false;  // the handler is done; Finish with status_ after the queue
+    grpc::Status status_;
+};
+
+class BridgeService : public Bridge::CallbackService {
+  public:
+    explicit BridgeService(Shared& shared) : shared_(shared) {}
+
+    grpc::ServerUnaryReactor* Echo(
+        grpc::CallbackServerContext* context, const EchoRequest* request, EchoReply* reply
+    ) override {
+        const Bytes payload = bytes_of(request->payload());
+        return new Unary(shared_, *context, echo_method, payload, reply->mutable_payload());
+    }
+
+    grpc::ServerWriteReactor<StreamItem>* Stream(
+        grpc::CallbackServerContext* context, const StreamRequest* request
+    ) override {
+        return new Streaming(shared_, *context, stream_method, request->SerializeAsString());
+    }
+
+    grpc::ServerUnaryReactor* Call(
+        grpc::CallbackServerContext* context, const CallRequest* request, CallReply* reply
+    ) override {
+        const Bytes payload = bytes_of(request->payload());
+        return new Unary(shared_, *context, request->method(), payload, reply->mutable_payload());
+    }
+
+    grpc::ServerWriteReactor<StreamItem>* CallStream(
+        grpc::CallbackServerContext* context, const CallRequest* request
+    ) override {
+        return new Streaming(shared_, *context, request->method(), request->payload());
+    }
+
+    grpc::ServerUnaryReactor* Hello(
+        grpc::CallbackServerContext* context, const HelloRequest* /*request*/, HelloReply* reply
+    ) override {
+        reply->set_max_payload(shared_.options.payload_bytes_max);
+        grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
+        reactor->Finish(grpc::Status::OK);
+        return reactor;
+    }
+
+  private:
+    Shared& shared_;
+};
+
+}  // namespace ipc_bridge::grpc_rpc
