@@ -184,6 +184,20 @@ def test_overhead_of_a_stream(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
+def test_overhead_of_a_stream_over_a_bare_one(tmp_path: Path) -> None:
+    words = ["--stream", "--transport", "grpc+unix", "--rounds", "1", "--json"]
+    done = run("overhead", *words, temporary=tmp_path)
+
+    assert done.returncode == 0, done.stderr
+    cells = json.loads(done.stdout)["cells"]
+    pairings = [("cpp", "cpp"), ("py", "cpp"), ("py", "py")]
+    assert [(cell["client"], cell["server"]) for cell in cells] == pairings
+    for cell in cells:
+        assert cell["bare_items_per_second"] > 0
+        assert cell["ratio_min"] <= cell["ratio"] <= cell["ratio_max"]
+    assert os.listdir(tmp_path) == []
+
+
 @pytest.mark.parametrize(
     "words",
     [["--size", "abc"], ["--transport", "udp"], ["--rounds", "0"], ["--language", "c"]],

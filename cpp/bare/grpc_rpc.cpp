@@ -1,18 +1,31 @@
-// gRPC, bare: the generated stubs of Echo, alone. Pick it for its contract in a .proto file and for
-// the tools and languages around it; every call costs its own HTTP/2 stream.
+// gRPC, bare: the generated stubs of Echo and Stream, alone. Pick it for its contract in a .proto
+// file and for the tools and languages around it; every call costs its own HTTP/2 stream.
 // The trap: a server takes over a port that another one holds, and unlinks another one's socket
 // file. so_reuseport=0 remedies the first, a lock beside the path the second. It never spins.
 //     grpc_rpc serve unix:/tmp/demo 64 block & sleep 1
 //     grpc_rpc ping unix:/tmp/demo 64 block 100000
+//     grpc_rpc stream unix:/tmp/demo 64 block 1000000
 #include <grpcpp/grpcpp.h>
 
 #include "rounds.hpp"
 #include <ipc_bridge/bridge.grpc.pb.h>
 
-using ipc_bridge::EchoReply, ipc_bridge::EchoRequest;
-class Service : public ipc_bridge::Bridge::Service {
+using namespace ipc_bridge;
+class Service : public Bridge::Service {
     grpc::Status Echo(grpc::ServerContext*, const EchoRequest* request, EchoReply* reply) override {
         reply->set_payload(request->payload());
+        return grpc::Status::OK;
+    }
+
+    grpc::Status Stream(
+        grpc::ServerContext*, const StreamRequest* request, grpc::ServerWriter<StreamItem>* writer
+    ) override {
+        StreamItem item;
+        for (std::uint64_t at = 0; at < request->count(); ++at) {
+            item.mutable_payload()->assign(request->size(), at % 2 == 0 ? '\x55' : '\xaa');
+            if (!writer->Write(item))
+                break;
+        }
         return grpc::Status::OK;
     }
 };
@@ -32,12 +45,15 @@ void serve(const rounds::Words& words) {
     server->Wait();
 }
 
-void ping(const rounds::Words& words) {
+auto connect(const rounds::Words& words) {
     grpc::ChannelArguments limits;
     limits.SetMaxReceiveMessageSize(-1);
     const auto open = grpc::InsecureChannelCredentials();
-    const auto channel = grpc::CreateCustomChannel(words.address, open, limits);
-    const auto stub = ipc_bridge::Bridge::NewStub(channel);
+    return Bridge::NewStub(grpc::CreateCustomChannel(words.address, open, limits));
+}
+
+void ping(const rounds::Words& words) {
+    const auto stub = connect(words);
     EchoRequest request;
     EchoReply reply;
     const auto call = [&](std::span<std::byte> message) {
@@ -54,6 +70,30 @@ void ping(const rounds::Words& words) {
     rounds::measure(words, call, answer);
 }
 
+void stream(const rounds::Words& words) {
+    const std::string one(words.size, '\x55'), other(words.size, '\xaa');
+    const std::size_t warm_up = words.count / 10;
+    StreamRequest request;
+    request.set_count(warm_up + words.count);
+    request.set_size(static_cast<std::uint32_t>(words.size));
+    grpc::ClientContext context;
+    const auto stub = connect(words);
+    const auto reader = stub->Stream(&context, request);
+    StreamItem item;
+    auto start = std::chrono::steady_clock::now();
+    for (std::size_t at = 0; reader->Read(&item); ++at) {
+        if (at == warm_up)
+            start = std::chrono::steady_clock::now();
+        if (item.payload() != (at % 2 == 0 ? one : other))
+            rounds::fail("stream", "other bytes came");
+    }
+    const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
+    if (const grpc::Status status = reader->Finish(); !status.ok())
+        rounds::fail("stream", status.error_message());
+    const double rate = static_cast<double>(words.count) / took.count();
+    rounds::say("items_per_second=" + std::to_string(static_cast<std::size_t>(rate)));
+}
+
 int main(int argc, char** argv) {
-    return rounds::run(argc, argv, "ADDRESS", serve, ping);
+    return rounds::run(argc, argv, "ADDRESS", serve, ping, stream);
 }

@@ -14,6 +14,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
+#include <functional>
 #include <iostream>
 #include <span>
 #include <string>
@@ -24,7 +25,7 @@ namespace rounds {
 
 struct Words {
     std::string verb, address, samples;  // samples: a file for raw nanoseconds, or ""
-    std::size_t size, count;             // bytes a message; rounds
+    std::size_t size, count;             // bytes a message; rounds, or items of a stream
     int wait;                            // O_NONBLOCK: spin; 0: block, asleep in the kernel
     char** command;                      // what starts stdio_pipe's peer
 };
@@ -61,21 +62,23 @@ Number number(const std::string& word, std::size_t least, std::size_t most) {
 }
 
 // The words, with an address also where the mechanism has none; there ping ends in -- COMMAND.
-inline Words parse(int argc, char** argv, bool has_address) {
+inline Words parse(int argc, char** argv, bool has_address, bool has_stream) {
     char** const dashes = std::find(argv + 1, argv + argc, std::string("--"));
     std::vector<std::string> words(argv + 1, dashes);
     if (!has_address && !words.empty())
         words.insert(words.begin() + 1, "none");
     const bool ping = (words.size() == 5 || words.size() == 6) && words[0] == "ping";
+    const bool stream = has_stream && words.size() == 5 && words[0] == "stream";
     const bool serve = words.size() == 4 && words[0] == "serve";
     const bool has_command = argv + argc - dashes > 1;
     words.resize(6);
     const bool spin = words[3] == "spin";
-    const bool known = (ping || serve) && (spin || words[3] == "block") && !words[1].empty();
-    if (!known || has_command != (ping && !has_address))
+    const bool known = ping || stream || serve;
+    const bool right = known && (spin || words[3] == "block") && !words[1].empty();
+    if (!right || has_command != (ping && !has_address))
         leave(2, usage);
-    const std::size_t size = number(words[2], 1, 1 << 27);              // 128 MiB
-    const std::size_t count = ping ? number(words[4], 1, 1 << 27) : 0;  // 1 GiB of samples
+    const std::size_t size = number(words[2], 1, 1 << 27);               // 128 MiB
+    const std::size_t count = serve ? 0 : number(words[4], 1, 1 << 27);  // 1 GiB of samples
     return {words[0], words[1], words[5], size, count, spin ? O_NONBLOCK : 0, dashes + 1};
 }
 
@@ -125,18 +128,21 @@ void measure(const Words& words, auto write_all, auto read_all) {
         std::to_string(ns[words.count * 99 / 100]) + " rounds=" + std::to_string(words.count));
 }
 
-// Does what the words ask for. `address` is its name in the usage text; "": it has none.
-inline int run(int argc, char** argv, const std::string& address, auto serve, auto ping) {
+using Verb = std::function<void(const Words&)>;
+
+// Does what the words ask for. `address` is its name in the usage text; "": it has none. `stream`
+// reads one, where the mechanism has streams of its own.
+inline int run(
+    int argc, char** argv, const std::string& address, Verb serve, Verb ping, Verb stream = {}
+) {
     std::signal(SIGPIPE, SIG_IGN);  // as in Python: a write to a peer that left is an error
     const std::string stem = program_invocation_short_name;
     const std::string figures = (address.empty() ? "" : " " + address) + " SIZE block|spin";
     usage = "usage: " + stem + " serve" + figures + "\n       " + stem + " ping" + figures +
-            " ROUNDS [SAMPLES]" + (address.empty() ? " -- COMMAND..." : "");
-    const Words words = parse(argc, argv, !address.empty());
-    if (words.verb == "serve")
-        serve(words);
-    else
-        ping(words);
+            " ROUNDS [SAMPLES]" + (address.empty() ? " -- COMMAND..." : "") +
+            (stream ? "\n       " + stem + " stream" + figures + " ITEMS" : "");
+    const Words words = parse(argc, argv, !address.empty(), stream != nullptr);
+    (words.verb == "serve" ? serve : words.verb == "ping" ? ping : stream)(words);
     return 0;
 }
 

@@ -1,15 +1,18 @@
-# gRPC, bare: the generated stubs of Echo, alone. Pick it for its contract in a .proto file and for
-# the tools and languages around it; every call costs its own HTTP/2 stream.
+# gRPC, bare: the generated stubs of Echo and Stream, alone. Pick it for its contract in a .proto
+# file and for the tools and languages around it; every call costs its own HTTP/2 stream.
 # The trap: a server takes over a port that another one holds, and unlinks another one's socket
 # file. so_reuseport=0 remedies the first, a lock beside the path the second. It never spins.
 #     python grpc_rpc.py serve unix:/tmp/demo 64 block & sleep 1
 #     python grpc_rpc.py ping unix:/tmp/demo 64 block 100000
+#     python grpc_rpc.py stream unix:/tmp/demo 64 block 1000000
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from time import perf_counter_ns
 
 import grpc
 import rounds
 
-from ipc_bridge.bridge_pb2 import EchoReply, EchoRequest
+from ipc_bridge.bridge_pb2 import EchoReply, EchoRequest, StreamItem, StreamRequest
 from ipc_bridge.bridge_pb2_grpc import BridgeServicer, BridgeStub, add_BridgeServicer_to_server
 
 LIMITS = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
@@ -18,6 +21,11 @@ LIMITS = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_lengt
 class Service(BridgeServicer):
     def Echo(self, request: EchoRequest, context: grpc.ServicerContext) -> EchoReply:  # noqa: N802
         return EchoReply(payload=request.payload)
+
+    def Stream(self, request: StreamRequest, context: grpc.ServicerContext) -> Iterator[StreamItem]:  # noqa: N802
+        fillings = b"\x55" * request.size, b"\xaa" * request.size
+        for at in range(request.count):
+            yield StreamItem(payload=fillings[at % 2])
 
 
 def serve(words: rounds.Words) -> None:
@@ -33,8 +41,12 @@ def serve(words: rounds.Words) -> None:
     server.wait_for_termination()
 
 
+def connect(words: rounds.Words) -> BridgeStub:
+    return BridgeStub(grpc.insecure_channel(words.address, LIMITS))
+
+
 def ping(words: rounds.Words) -> None:
-    stub = BridgeStub(grpc.insecure_channel(words.address, LIMITS))
+    stub = connect(words)
     back = b""
 
     def call(message: memoryview) -> bool:
@@ -52,5 +64,22 @@ def ping(words: rounds.Words) -> None:
     rounds.measure(words, call, answer)
 
 
+def stream(words: rounds.Words) -> None:
+    fillings = b"\x55" * words.size, b"\xaa" * words.size
+    warm_up = words.count // 10
+    request = StreamRequest(count=warm_up + words.count, size=words.size)
+    start = perf_counter_ns()
+    try:
+        for at, item in enumerate(connect(words).Stream(request)):
+            if at == warm_up:
+                start = perf_counter_ns()
+            if item.payload != fillings[at % 2]:
+                rounds.fail("stream", "other bytes came")
+    except grpc.RpcError as error:
+        rounds.fail("stream", str(error.details()))
+    took = perf_counter_ns() - start
+    rounds.say(f"items_per_second={words.count * 1_000_000_000 // took}")
+
+
 if __name__ == "__main__":
-    rounds.run("ADDRESS", serve, ping)
+    rounds.run("ADDRESS", serve, ping, stream)

@@ -20,7 +20,7 @@ class Words:
     address: str
     samples: str  # a file for raw nanoseconds, or ""
     size: int  # bytes a message
-    count: int  # rounds
+    count: int  # rounds, or items of a stream
     block: bool  # asleep in the kernel; False: spin
     command: list[str]  # what starts stdio_pipe's peer
 
@@ -58,21 +58,23 @@ def number(word: str, least: int, most: int) -> int:
 
 
 # The words, with an address also where the mechanism has none; there ping ends in -- COMMAND.
-def parse(argv: list[str], has_address: bool) -> Words:
+def parse(argv: list[str], has_address: bool, has_stream: bool) -> Words:
     dashes = argv.index("--") if "--" in argv else len(argv)
     words = argv[1:dashes]
     if not has_address:
         words.insert(1, "none")
     ping = len(words) in (5, 6) and words[0] == "ping"
+    stream = has_stream and len(words) == 5 and words[0] == "stream"
     serve = len(words) == 4 and words[0] == "serve"
     has_command = len(argv) - dashes > 1
     words += [""] * (6 - len(words))
     spin = words[3] == "spin"
-    known = (ping or serve) and (spin or words[3] == "block") and words[1] != ""
-    if not known or has_command != (ping and not has_address):
+    known = ping or stream or serve
+    right = known and (spin or words[3] == "block") and words[1] != ""
+    if not right or has_command != (ping and not has_address):
         leave(2, usage)
     size = number(words[2], 1, 1 << 27)  # 128 MiB
-    count = number(words[4], 1, 1 << 27) if ping else 0  # 1 GiB of samples
+    count = 0 if serve else number(words[4], 1, 1 << 27)  # 1 GiB of samples
     return Words(words[0], words[1], words[5], size, count, not spin, argv[dashes + 1 :])
 
 
@@ -125,17 +127,19 @@ def measure(words: Words, write_all: Move, read_all: Move) -> None:
     say(f"p50_ns={p50} p99_ns={p99} rounds={words.count}")
 
 
-# Does what the words ask for. `address` is its name in the usage text; "": it has none.
-def run(address: str, serve: Callable[[Words], None], ping: Callable[[Words], None]) -> None:
+Verb = Callable[[Words], None]
+
+
+# Does what the words ask for. `address` is its name in the usage text; "": it has none. `stream`
+# reads one, where the mechanism has streams of its own.
+def run(address: str, serve: Verb, ping: Verb, stream: Verb | None = None) -> None:
     global usage
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # as in C++: no traceback
     stem = Path(sys.argv[0]).stem
     figures = (f" {address}" if address else "") + " SIZE block|spin"
     usage = f"usage: {stem} serve{figures}\n       {stem} ping{figures} ROUNDS [SAMPLES]"
     usage += "" if address else " -- COMMAND..."
-    words = parse(sys.argv, bool(address))
+    usage += f"\n       {stem} stream{figures} ITEMS" if stream else ""
+    words = parse(sys.argv, bool(address), stream is not None)
     with checked("system call"):
-        if words.verb == "serve":
-            serve(words)
-        else:
-            ping(words)
+        {"serve": serve, "ping": ping, "stream": stream or ping}[words.verb](words)

@@ -57,19 +57,22 @@ SCHEME = {"zmq": "zmq+ipc", "zmq-req": "zmq+ipc", "shm-line": "shm"}
 LINE = "shm-line"  # over no message at all: a cache line to another core and back, in C++
 NO_SPIN = ("zmq", "zmq-req", "grpc+unix", "grpc+tcp")  # their libraries' threads would starve
 SETUPS = (("spin", "cross-core"), ("block", "same-core"), ("block", "cross-core"))
-STREAM_PAIRINGS = (("cpp", "cpp"), ("py", "cpp"))  # client, server
+STREAM_PAIRINGS = (("cpp", "cpp"), ("py", "cpp"), ("py", "py"))  # client, server
+BARE_STREAMS = ("grpc+unix", "grpc+tcp")  # the mechanism has streams of its own, in both languages
 DURATION_S = 0.4
 WARMUP_S = 0.1
 LINE_S = 0.05  # 100,000 rounds and more
 PINGS = {"cpp": 40_000, "py": 15_000}  # of a small message: near DURATION_S where they block
 PINGS_MIN = 200
+ITEMS = {"cpp": 100_000, "py": 10_000}  # likewise, by the slower of both languages
+ITEMS_MIN = 1000
 PING_BYTES = 1 << 29  # and of a large one: so many bytes in all
 SIZE_BYTES_MAX = 64 << 20  # what a peer takes by default
 ROUNDS_MAX = 1000
 
 
 class Cell(NamedTuple):
-    """One row of the result. `bare` is of the language of both peers; streams have none."""
+    """One row of the result. `bare` is of the languages of both peers; few streams have one."""
 
     transport: str
     client: str
@@ -83,11 +86,11 @@ class Cell(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """The figures of one cell, a value for each round."""
+    """The figures of one cell, a value for each round: p50 ns, or items per second."""
 
     cell: Cell
-    bare: list[float]  # p50 ns
-    pair: list[float]  # p50 ns, or items per second
+    bare: list[float]
+    pair: list[float]
     failure: str = ""
 
     def ratios(self) -> list[float]:
@@ -109,28 +112,40 @@ def cores(cell: Cell) -> tuple[int, int]:
 
 
 def bare_p50_ns(cell: Cell, size_bytes: int) -> float:
-    """The bare program. Raises ProgramError."""
-    client_core, server_core = cores(cell)
+    """Round trips of the bare program. Raises ProgramError."""
     if cell.transport == LINE:
-        words = ["line", str(client_core), str(server_core), str(LINE_S)]
-        return p50_ns(run([binary("ipc-bridge-floors"), *words]))
-    mechanism = BARE.get(cell.transport, cell.transport.replace("-", "_"))
-    program = bare(mechanism, cell.client)
+        words = ["line", *map(str, cores(cell)), str(LINE_S)]
+        return figure("p50_ns", run([binary("ipc-bridge-floors"), *words]))
     pings = max(PINGS_MIN, min(PINGS[cell.client], PING_BYTES // max(1, size_bytes)))
+    return figure("p50_ns", bare_client(cell, "ping", size_bytes, pings))
+
+
+def bare_items_per_second(cell: Cell, size_bytes: int) -> float:
+    """A stream of the bare program. Raises ProgramError."""
+    items = min(ITEMS[cell.client], ITEMS[cell.server])
+    items = max(ITEMS_MIN, min(items, PING_BYTES // size_bytes))
+    return figure("items_per_second", bare_client(cell, "stream", size_bytes, items))
+
+
+def bare_client(cell: Cell, verb: str, size_bytes: int, count: int) -> str:
+    """What the bare client prints. Raises ProgramError."""
+    client_core, server_core = cores(cell)
+    mechanism = BARE.get(cell.transport, cell.transport.replace("-", "_"))
     message = [str(size_bytes), cell.wait]
     with private_directory() as directory, address_of(mechanism, directory) as address:
         if cell.transport == "grpc+tcp":
             address = "127.0.0.1:0"
-        with served([*program, "serve", address, *message], server_core) as server:
-            out = run([*program, "ping", server.address, *message, str(pings)], client_core)
-    return p50_ns(out)
+        serve = [*bare(mechanism, cell.server), "serve", address, *message]
+        with served(serve, server_core) as server:
+            words = [*bare(mechanism, cell.client), verb, server.address, *message, str(count)]
+            return run(words, client_core)
 
 
-def p50_ns(out: str) -> float:
-    """The figure that a bare program prints. Raises ProgramError."""
-    match = re.search(r"p50_ns=(\d+)", out)
+def figure(name: str, out: str) -> float:
+    """One that a bare program prints. Raises ProgramError."""
+    match = re.search(rf"{name}=(\d+)", out)
     if not match:
-        raise ProgramError(f"no p50_ns in: {out.strip()}")
+        raise ProgramError(f"no {name} in: {out.strip()}")
     return float(match[1])
 
 
@@ -168,9 +183,18 @@ def echo_round(measured: Measured, number: int, size_bytes: int) -> None:
 
 
 def stream_round(measured: Measured, number: int, size_bytes: int) -> None:
-    """The pair alone; every byte is verified within the time."""
-    figures = bench(measured.cell, "stream", size_bytes)
-    measured.pair.append(figures["operations_per_second"])
+    """Likewise, where there is a bare stream; every byte is verified within the time."""
+
+    def run_bare() -> None:
+        if measured.cell.transport in BARE_STREAMS:
+            measured.bare.append(bare_items_per_second(measured.cell, size_bytes))
+
+    def run_pair() -> None:
+        figures = bench(measured.cell, "stream", size_bytes)
+        measured.pair.append(figures["operations_per_second"])
+
+    for step in (run_bare, run_pair) if number % 2 else (run_pair, run_bare):
+        step()
 
 
 def measure(
@@ -199,33 +223,32 @@ def measure(
 # --- what it says ---
 
 
-def report(measured: Measured) -> dict[str, Any]:
+def report(measured: Measured, is_stream: bool) -> dict[str, Any]:
     """One cell of the JSON."""
     figures: dict[str, Any] = measured.cell._asdict()
     if measured.failure:
         return figures | {"error": measured.failure}
-    if not measured.bare:
-        figures["items_per_second"] = statistics.median(measured.pair)
-        return figures | {"items_per_second_rounds": measured.pair}
-    ratios = measured.ratios()
-    return figures | {
-        "bare_p50_ns": statistics.median(measured.bare),
-        "pair_p50_ns": statistics.median(measured.pair),
-        "ratio": statistics.median(ratios),
-        "ratio_min": min(ratios),
-        "ratio_max": max(ratios),
-        "bare_p50_ns_rounds": measured.bare,
-        "pair_p50_ns_rounds": measured.pair,
-    }
+    bare_name, pair_name = ("bare_p50_ns", "pair_p50_ns")
+    if is_stream:
+        bare_name, pair_name = ("bare_items_per_second", "items_per_second")
+    figures[pair_name] = statistics.median(measured.pair)
+    figures[f"{pair_name}_rounds"] = measured.pair
+    if measured.bare:
+        ratios = measured.ratios()
+        figures[bare_name] = statistics.median(measured.bare)
+        figures[f"{bare_name}_rounds"] = measured.bare
+        figures["ratio"] = statistics.median(ratios)
+        figures |= {"ratio_min": min(ratios), "ratio_max": max(ratios)}
+    return figures
 
 
 def make_table(found: Sequence[Measured], title: str, is_stream: bool) -> Table:
     """All cells; the ratio is the median of the rounds' ratios, with the least and the largest."""
-    figures = ("items/s", "min .. max") if is_stream else ("bare p50", "pair p50", "ratio", "range")
+    kind, unit = ("items/s", "") if is_stream else ("p50", " ns")
     table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
     for name in ("transport", "client", "server", "wait", "cores"):
         table.add_column(name, no_wrap=True)
-    for name in figures:
+    for name in (f"bare {kind}", f"pair {kind}", "ratio", "range"):
         table.add_column(name, justify="right", no_wrap=True)
     for measured in found:
         cell = measured.cell
@@ -233,15 +256,16 @@ def make_table(found: Sequence[Measured], title: str, is_stream: bool) -> Table:
         words += [cell.wait or "adaptive", cell.placement.removesuffix("-core")]
         if measured.failure:
             words.append("failed")
-        elif is_stream:
-            rates = measured.pair
-            words.append(f"{statistics.median(rates):,.0f}")
-            words.append(f"{min(rates):,.0f} .. {max(rates):,.0f}")
-        else:
+        elif measured.bare:
             ratios = measured.ratios()
-            words += [f"{statistics.median(ns):,.0f} ns" for ns in (measured.bare, measured.pair)]
+            both = (measured.bare, measured.pair)
+            words += [f"{statistics.median(values):,.0f}{unit}" for values in both]
             words.append(f"{statistics.median(ratios):.2f}")
             words.append(f"{min(ratios):.2f}..{max(ratios):.2f}")
+        else:
+            rates = measured.pair
+            words += ["", f"{statistics.median(rates):,.0f}", ""]
+            words.append(f"{min(rates):,.0f}..{max(rates):,.0f}")
         table.add_row(*words)
     return table
 
@@ -308,7 +332,7 @@ def make_parser() -> Parser:
         "--rounds", type=round_count, default=5, metavar="N", help="default 5; 10 to be sure"
     )
     parser.add_argument(
-        "--stream", action="store_true", help="items/s instead, from a C++ server, nothing bare"
+        "--stream", action="store_true", help="items/s instead; over bare streams, if there are"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object, on one line")
     return parser
@@ -319,10 +343,11 @@ def overhead(words: Sequence[str]) -> int:
     asked = make_parser().parse_args(words)
     if asked.stream:
         cells = [
-            Cell(transport, client, server, "", "cross-core")
+            Cell(transport, client, server, "block" * (transport in NO_SPIN), "cross-core")
             for transport in asked.transport or ["unix"]
             for client, server in STREAM_PAIRINGS
             if client in asked.language
+            if server == "cpp" or transport in BARE_STREAMS
         ]
     else:
         cells = [
@@ -340,7 +365,9 @@ def overhead(words: Sequence[str]) -> int:
     if asked.json:
         figures = {"op": op, "size_bytes": asked.size, "rounds": asked.rounds}
         machine = {"cores": os.cpu_count(), "load_average": [load, os.getloadavg()[0]]}
-        document = figures | machine | {"cells": [report(measured) for measured in found]}
+        document = (
+            figures | machine | {"cells": [report(measured, asked.stream) for measured in found]}
+        )
         print(json.dumps(document, separators=(",", ":")))
     else:
         title = (
