@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 
 import ipc_bridge
-from ipc_bridge import CallError, Error, Service, Status, UsageError
+from ipc_bridge import CallError, Error, Service, Status, UsageError, endpoint
 from ipc_bridge.server import Callee
-from ipc_bridge.system import NEVER, Wait, deadline_after, now_ns
+from ipc_bridge.system import END, NEVER, Stream, Wait, deadline_after, now_ns
 from ipc_bridge.transports.pipe import StdioListener
-from processes import children
+from processes import children, state
 from support import SLOW, listen_url, wait_until
 
 ANSWER_S = 5.0 * SLOW
@@ -87,6 +87,42 @@ def test_a_stdio_server_that_never_ran_leaves_nothing(nothing_left: None) -> Non
     listener.close()
     os.close(to_us)
     os.close(from_us)
+
+
+@over_transports
+@pytest.mark.parametrize("wait", Wait)
+@pytest.mark.parametrize("timeout", [None, 4 * ANSWER_S])
+def test_an_interrupt_ends_a_read(
+    transport: str, wait: Wait, timeout: float | None, runtime: Path
+) -> None:
+    """Asleep or not, with a deadline or without; and whatever is read later."""
+    made = endpoint.transport(f"{listen_url(transport, runtime)}?wait={wait}")
+    buffer = memoryview(bytearray(8))
+    streams: list[Stream] = []
+    counts: list[int] = []
+    with contextlib.closing(made.listen()) as listener:
+
+        def serve() -> None:
+            stream = listener.accept()
+            assert stream is not None
+            assert stream.try_write([b"come in"])
+            streams.append(stream)
+            counts.append(stream.read(buffer, deadline_after(timeout)))
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        there = endpoint.transport(listener.url)
+        with contextlib.closing(there.connect(deadline_after(ANSWER_S))) as client:
+            wait_until(lambda: bool(streams), ANSWER_S, "the server's stream")
+            if wait != Wait.SPIN:
+                wait_until(lambda: state(thread.native_id or 0) == "S", ANSWER_S, "it sleeps")
+            with contextlib.closing(streams[0]) as server:
+                server.interrupt()
+                thread.join(ANSWER_S)
+                assert counts == [END]
+                assert server.try_read(buffer) == END
+                assert server.read(buffer, NEVER) == END
+            assert client.read(buffer, NEVER) == len(b"come in")
 
 
 # --- handlers ---

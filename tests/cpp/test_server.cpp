@@ -2,8 +2,14 @@
 #include <stdlib.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <fstream>
+#include <future>
 #include <limits>
+#include <memory>
 #include <optional>
 #include <string>
 #include <thread>
@@ -30,6 +36,14 @@ struct Place {
     Place& operator=(const Place&) = delete;
     std::string path;
 };
+
+// A thread of this process (proc(5)).
+bool sleeps(pid_t thread) {
+    std::ifstream file("/proc/self/task/" + std::to_string(thread) + "/stat");
+    std::string text;
+    std::getline(file, text);
+    return text.find(") S ") != std::string::npos;
+}
 
 }  // namespace
 
@@ -78,6 +92,45 @@ TEST_CASE("a connection closed in mid-stream says so") {
     }
     server->stop();
     thread.join();
+}
+
+TEST_CASE("an interrupt ends a read") {
+    const Place place;
+    for (const std::string scheme : {"unix", "pipe", "tcp"}) {
+        for (const std::string wait : {"block", "spin", "adaptive"}) {
+            for (const std::int64_t deadline_ns : {never, deadline_after(4 * answer_s)}) {
+                CAPTURE(scheme);
+                CAPTURE(wait);
+                const std::string address =
+                    scheme == "tcp" ? "127.0.0.1:0" : place.path + "/" + scheme;
+                const auto listener =
+                    make_transport(scheme + "://" + address + "?wait=" + wait)->listen();
+                std::byte buffer[8];
+                std::unique_ptr<Stream> server;
+                std::promise<void> arrival;
+                std::atomic<pid_t> reader = 0;
+                std::ptrdiff_t count = 0;
+                std::thread thread([&] {
+                    server = listener->accept();
+                    const Bytes hello = bytes_of("come in");
+                    server->try_write({&hello, 1});
+                    reader = ::gettid();
+                    arrival.set_value();
+                    count = server->read(buffer, deadline_ns);
+                });
+                const auto client = make_transport(listener->url)->connect(never);
+                arrival.get_future().wait();
+                while (wait != "spin" && !sleeps(reader)) {
+                    std::this_thread::yield();
+                }
+                server->interrupt();
+                thread.join();
+                CHECK(count == end_of_stream);
+                CHECK(server->try_read(buffer) == end_of_stream);
+                CHECK(server->read(buffer, never) == end_of_stream);
+            }
+        }
+    }
 }
 
 TEST_CASE("what a timeout may be") {

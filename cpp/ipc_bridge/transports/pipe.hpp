@@ -138,8 +138,8 @@ class Unlinker {
 
 // A pipe to read and a pipe to write, both in non-blocking mode.
 //
-// An endpoint that nobody interrupts and that always blocks reads in blocking mode instead: then it
-// sleeps and reads in one system call.
+// An endpoint that always blocks reads in blocking mode instead: then it sleeps and reads in one
+// system call. No descriptor ends that sleep, so `interrupt` writes a byte into the pipe itself.
 class PipeStream : public Stream {
   public:
     PipeStream(Fd read_fd, Fd write_fd, Wait wait, std::function<void()> on_close, bool server)
@@ -147,7 +147,7 @@ class PipeStream : public Stream {
           read_fd_(std::move(read_fd)),
           write_fd_(std::move(write_fd)),
           on_close_(std::move(on_close)),
-          blocking_(wait == Wait::BLOCK && !server) {
+          blocking_(wait == Wait::BLOCK && (!server || nudge({}))) {
         pipe_detail::ignore_sigpipe();
         pipe_detail::set_blocking(read_fd_.get(), blocking_);
         pipe_detail::set_blocking(write_fd_.get(), false);
@@ -166,9 +166,8 @@ class PipeStream : public Stream {
     std::ptrdiff_t try_read(std::span<std::byte> buffer) override {
         if (blocking_) {
             pollfd ready{read_fd_.get(), POLLIN, 0};
-            if (::poll(&ready, 1, 0) <= 0) {
-                return would_block;
-            }
+            const bool is_ready = interrupted_ || ::poll(&ready, 1, 0) > 0;
+            return is_ready ? PipeStream::sleep_and_read(buffer, never) : would_block;
         }
         return read_some(buffer);
     }
@@ -215,6 +214,9 @@ class PipeStream : public Stream {
     void interrupt() override {
         if (wakeup_) {
             interrupted_ = true;
+            if (blocking_) {
+                nudge({"", 1});
+            }
             wakeup_->set();
         }
     }
@@ -229,13 +231,31 @@ class PipeStream : public Stream {
 
   protected:
     std::ptrdiff_t sleep_and_read(std::span<std::byte> buffer, std::int64_t deadline_ns) override {
-        if (blocking_ && deadline_ns == never) {
-            return read_some(buffer);
+        if (!blocking_) {
+            return Stream::sleep_and_read(buffer, deadline_ns);
         }
-        return Stream::sleep_and_read(buffer, deadline_ns);
+        if (deadline_ns != never && !wait(true, false, deadline_ns)) {
+            return would_block;
+        }
+        const std::ptrdiff_t count = interrupted_ ? end_of_stream : read_some(buffer);
+        return interrupted_ ? end_of_stream : count;
     }
 
   private:
+    // Write into the pipe that is read, through an end of our own; false if there is no such end
+    // (proc(5) is not mounted). It is not kept: with it, the peer's end would not show.
+    bool nudge(std::string_view data) const {
+        const std::string path = "/proc/self/fd/" + std::to_string(read_fd_.get());
+        const Fd fd(retrying([&] { return ::open(path.c_str(), O_WRONLY | O_NONBLOCK | O_CLOEXEC); }
+        ));
+        if (!fd) {
+            return false;
+        }
+        // It may be full: then nobody sleeps.
+        [[maybe_unused]] const auto written = ::write(fd.get(), data.data(), data.size());
+        return true;
+    }
+
     std::ptrdiff_t read_some(std::span<std::byte> buffer) {
         const ssize_t count =
             retrying([&] { return ::read(read_fd_.get(), buffer.data(), buffer.size()); });

@@ -62,8 +62,8 @@ CHILD_ENDS_S = 2.0  # then, for its calls to end, before it gets SIGKILL
 class PipeStream(Stream):
     """A pipe to read and a pipe to write, both in non-blocking mode.
 
-    An endpoint that nobody interrupts and that always blocks reads in blocking mode instead: then
-    it sleeps and reads in one system call.
+    An endpoint that always blocks reads in blocking mode instead: then it sleeps and reads in one
+    system call. No descriptor ends that sleep, so `interrupt` writes a byte into the pipe itself.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class PipeStream(Stream):
         self._read = FileIO(read_fd, "r", closefd=False).readinto
         self._write = FileIO(write_fd, "w", closefd=False).write
         self._on_close = on_close
-        self._blocking = wait == Wait.BLOCK and not server
+        self._blocking = wait == Wait.BLOCK and (not server or self._nudge(b""))
         os.set_blocking(read_fd, self._blocking)
         os.set_blocking(write_fd, False)
         self._readable = select.poll()
@@ -97,8 +97,8 @@ class PipeStream(Stream):
                     fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
 
     def try_read(self, buffer: memoryview) -> int:
-        if self._blocking and not self._readable.poll(0):
-            return WOULD_BLOCK
+        if self._blocking:
+            return self._sleep_and_read(buffer, NEVER) if self._readable.poll(0) else WOULD_BLOCK
         count = self._read(buffer)
         if count:
             return count
@@ -122,12 +122,12 @@ class PipeStream(Stream):
         return self._interrupted or sleep_until_ready(poll, deadline_ns)
 
     def _sleep_and_read(self, buffer: memoryview, deadline_ns: int) -> int:
-        if deadline_ns != NEVER:
+        if not self._blocking:
             return super()._sleep_and_read(buffer, deadline_ns)
-        if self._blocking:
-            return self._read(buffer) or END
-        self._readable.poll()
-        return self.try_read(buffer)
+        if deadline_ns != NEVER and not self.wait(True, False, deadline_ns):
+            return WOULD_BLOCK
+        count = END if self._interrupted else self._read(buffer) or END
+        return END if self._interrupted else count
 
     def fileno(self) -> int:
         return self._read_fd
@@ -135,6 +135,8 @@ class PipeStream(Stream):
     def interrupt(self) -> None:
         if self._wakeup:
             self._interrupted = True
+            if self._blocking:
+                self._nudge(b"\0")
             self._wakeup.set()
 
     def close(self) -> None:
@@ -146,6 +148,18 @@ class PipeStream(Stream):
         if self._wakeup:
             self._wakeup.close()
         self._on_close()
+
+    def _nudge(self, data: bytes) -> bool:
+        """Write into the pipe that is read, through an end of our own; False if there is no such
+        end (proc(5) is not mounted). It is not kept: with it, the peer's end would not show."""
+        try:
+            fd = os.open(f"/proc/self/fd/{self._read_fd}", os.O_WRONLY | os.O_NONBLOCK)
+        except OSError:
+            return False
+        with contextlib.suppress(BlockingIOError):  # full: nobody sleeps
+            os.write(fd, data)
+        os.close(fd)
+        return True
 
 
 class Pipe(Transport):
