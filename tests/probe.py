@@ -25,7 +25,8 @@ from typing import Any, cast
 from ipc_bridge import Bridge, Call, Error, Service, Status, connect, make_service, serve
 from ipc_bridge.client import Items
 from ipc_bridge.frame import PAYLOAD_BYTES_MAX, Buffer
-from ipc_bridge.server import CLIENTS_MAX, Callee, Item
+from ipc_bridge.handlers import Item
+from ipc_bridge.server import CLIENTS_MAX, Callee
 from ipc_bridge.service import Pattern
 from ipc_bridge.session import WINDOW_BYTES
 from ipc_bridge.system import Signals, now_ns

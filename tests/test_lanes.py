@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ipc_bridge.client import Client
+from ipc_bridge.connection import Connection
 from ipc_bridge.errors import Error, ProtocolError, Status
 from ipc_bridge.frame import HEADER_BYTES, Buffer, Kind
-from ipc_bridge.server import Call, Connection, Service
+from ipc_bridge.handlers import Call, Service
 from ipc_bridge.session import ClientSession, ServerSession, State
 from ipc_bridge.system import END, NEVER, WOULD_BLOCK, Spinner, Stream, Wait
 from session_support import Either, deliver, fed, had_calls, pair, written

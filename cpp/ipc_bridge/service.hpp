@@ -20,7 +20,7 @@
 #include <ipc_bridge/client.hpp>
 #include <ipc_bridge/errors.hpp>
 #include <ipc_bridge/frame.hpp>
-#include <ipc_bridge/server.hpp>
+#include <ipc_bridge/handlers.hpp>
 #include <ipc_bridge/system.hpp>
 
 namespace ipc_bridge {

@@ -13,8 +13,8 @@
 #include <utility>
 
 #include <ipc_bridge/errors.hpp>
+#include <ipc_bridge/handlers.hpp>
 #include <ipc_bridge/packed.hpp>
-#include <ipc_bridge/server.hpp>
 
 namespace thermostat {
 

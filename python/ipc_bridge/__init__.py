@@ -12,7 +12,8 @@ import logging
 
 from ipc_bridge.endpoint import connect, serve, transport
 from ipc_bridge.errors import CallError, Error, ProtocolError, Status, UsageError
-from ipc_bridge.server import Call, Pause, Server, Service
+from ipc_bridge.handlers import Call, Pause, Service
+from ipc_bridge.server import Server
 from ipc_bridge.service import Bridge, make_service
 from ipc_bridge.system import Wait
 

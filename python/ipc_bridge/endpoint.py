@@ -21,6 +21,7 @@ from urllib.parse import unquote_to_bytes
 
 from ipc_bridge import client, frame, server
 from ipc_bridge.errors import Error, Status
+from ipc_bridge.handlers import Service
 from ipc_bridge.service import Bridge, make_service
 from ipc_bridge.session import WINDOW_BYTES
 from ipc_bridge.system import Transport, Wait
@@ -44,7 +45,7 @@ class Sessions(Protocol):
         ...
 
     def serve(
-        self, service: server.Service, payload_bytes_max: int, clients_max: int, grace_s: float
+        self, service: Service, payload_bytes_max: int, clients_max: int, grace_s: float
     ) -> server.Callee:
         """As `server.Server`."""
         ...
@@ -101,7 +102,7 @@ def connect(
 
 def listen(
     url: str,
-    service: server.Service,
+    service: Service,
     *,
     window_bytes: int = WINDOW_BYTES,
     payload_bytes_max: int = frame.PAYLOAD_BYTES_MAX,
@@ -125,7 +126,7 @@ def listen(
 
 def serve(
     url: str,
-    service: server.Service | None = None,
+    service: Service | None = None,
     *,
     window_bytes: int = WINDOW_BYTES,
     payload_bytes_max: int = frame.PAYLOAD_BYTES_MAX,

@@ -14,7 +14,7 @@ from ipc_bridge.bridge_pb2 import StreamRequest
 from ipc_bridge.client import Caller, ItemStream
 from ipc_bridge.errors import Error, Status
 from ipc_bridge.frame import Buffer
-from ipc_bridge.server import Call, Item, Pause, Service
+from ipc_bridge.handlers import Call, Item, Pause, Service
 from ipc_bridge.system import now_ns
 
 ECHO = 1

@@ -10,8 +10,8 @@ import threading
 from collections.abc import Iterator
 
 from ipc_bridge.errors import Error, Status
+from ipc_bridge.handlers import Call, Service
 from ipc_bridge.packed import Packed
-from ipc_bridge.server import Call, Service
 
 SET_TARGET = 10
 WATCH = 11

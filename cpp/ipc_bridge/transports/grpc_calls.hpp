@@ -24,7 +24,7 @@
 #include <ipc_bridge/bridge.grpc.pb.h>
 #include <ipc_bridge/errors.hpp>
 #include <ipc_bridge/frame.hpp>
-#include <ipc_bridge/server.hpp>
+#include <ipc_bridge/handlers.hpp>
 #include <ipc_bridge/system.hpp>
 #include <ipc_bridge/transports/grpc_options.hpp>
 

@@ -21,7 +21,7 @@ from ipc_bridge.bridge_pb2 import (
 from ipc_bridge.bridge_pb2_grpc import BridgeServicer
 from ipc_bridge.errors import MESSAGE_BYTES_MAX, Error, Status
 from ipc_bridge.frame import Buffer
-from ipc_bridge.server import REASONS, Call, Pause, Service
+from ipc_bridge.handlers import REASONS, Call, Pause, Service
 from ipc_bridge.system import NEVER, deadline_after, now_ns
 from ipc_bridge.transports.grpc_options import ECHO, MAX_PAYLOAD_KEY, STREAM, too_large
 

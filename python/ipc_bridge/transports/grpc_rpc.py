@@ -42,7 +42,7 @@ from urllib.parse import quote
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 from ipc_bridge.errors import Error, Status
-from ipc_bridge.server import Service
+from ipc_bridge.handlers import Service
 from ipc_bridge.system import Lock, checked, deadline_after
 from ipc_bridge.transports.grpc_client import RpcClient
 from ipc_bridge.transports.grpc_options import KEEPALIVE_MS, Arguments

@@ -16,7 +16,8 @@ from grpc_reflection.v1alpha import reflection
 from ipc_bridge.bridge_pb2 import DESCRIPTOR as BRIDGE
 from ipc_bridge.bridge_pb2_grpc import add_BridgeServicer_to_server
 from ipc_bridge.errors import Error, Status
-from ipc_bridge.server import CUT_S, Service
+from ipc_bridge.handlers import Service
+from ipc_bridge.server import CUT_S
 from ipc_bridge.session import WINDOW_BYTES, ServerSession
 from ipc_bridge.system import Wakeup
 from ipc_bridge.transports.grpc_calls import RpcServicer
