@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -35,8 +36,8 @@ struct [[gnu::packed]] Reading {
 
 // --- from here on: the server's side; delete it if the server is in Python ---
 
-// What all calls share. Every connection has a thread of its own: hence the lock.
-class Room {
+// The handlers, and what they share: every connection has its own thread, hence the lock.
+class Handlers {
   public:
     // Unary: bytes in, bytes out.
     Payload set_target(Call& /*call*/, Bytes request) {
@@ -73,14 +74,10 @@ class Room {
 
 // The methods, for server.cpp.
 inline Service make_service() {
-    auto room = std::make_shared<Room>();
+    auto handlers = std::make_shared<Handlers>();
     Service service;
-    service.unary(set_target_method, [room](Call& call, Bytes request) {
-        return room->set_target(call, request);
-    });
-    service.streaming(watch_method, [room](Call& call, Bytes request) {
-        return room->watch(call, request);
-    });
+    service.unary(set_target_method, std::bind_front(&Handlers::set_target, handlers));
+    service.streaming(watch_method, std::bind_front(&Handlers::watch, handlers));
     return service;
 }
 

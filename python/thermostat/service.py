@@ -23,8 +23,8 @@ READING = Packed("dd")  # room and target, in degrees Celsius
 # --- from here on: the server's side; delete it if the server is in C++ ---
 
 
-class Room:
-    """What all calls share. Every connection has a thread of its own: hence the lock."""
+class Handlers:
+    """The handlers, and what they share: every connection has its own thread, hence the lock."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -54,8 +54,8 @@ class Room:
 
 def make_service() -> Service:
     """The methods, for server.py."""
-    room = Room()
+    handlers = Handlers()
     service = Service()
-    service.unary(SET_TARGET, room.set_target)
-    service.streaming(WATCH, room.watch)
+    service.unary(SET_TARGET, handlers.set_target)
+    service.streaming(WATCH, handlers.watch)
     return service
