@@ -294,9 +294,11 @@ def test_force_updates_what_was_not_edited(tmp_path: Path) -> None:
     exported("unix", str(tmp_path), "--name", "first")
     service = tmp_path / "python/thermostat/service.py"
     service.write_text("mine")
-    said = exported("unix", str(tmp_path), "--name", "second", "--force")
-
-    assert re.findall(r"^kept as it was: (.*)$", said, re.M) == ["python/thermostat/service.py"]
+    (tmp_path / "cpp/thermostat/client.cpp").unlink()
+    for _ in range(2):
+        said = exported("unix", str(tmp_path), "--name", "second", "--force")
+        kept = re.findall(r"^kept as it was: (.*)$", said, re.M)
+        assert kept == ["cpp/thermostat/client.cpp (deleted)", "python/thermostat/service.py"]
     assert service.read_text() == "mine"
     assert "second" in (tmp_path / "CMakeLists.txt").read_text()
     manifest = json.loads((tmp_path / ".exported.json").read_text())

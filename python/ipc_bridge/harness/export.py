@@ -17,6 +17,7 @@ import ast
 import hashlib
 import json
 import keyword
+import os
 import re
 import sys
 import tomllib
@@ -267,7 +268,7 @@ def check_name(name: str) -> None:
 
 
 def write(files: Files, directory: Path, force: bool) -> list[str]:
-    """Write a project; what was kept, for it is not as an export wrote it.
+    """Write a project; what was kept as it was, for it is not as an export wrote it.
 
     Raises Error: ALREADY_EXISTS if the directory is not empty, unless forced; nothing is written
     then.
@@ -284,7 +285,8 @@ def write(files: Files, directory: Path, force: bool) -> list[str]:
         for name, text in sorted(files.items()):
             path = directory / name
             if not is_ours(path, directory, written.get(name), text):
-                kept.append(name)
+                was_deleted = name in written and not os.path.lexists(path)
+                kept.append(name + " (deleted)" * was_deleted)
                 continue
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
@@ -296,13 +298,13 @@ def write(files: Files, directory: Path, force: bool) -> list[str]:
 
 
 def is_ours(path: Path, directory: Path, known: str | None, text: str) -> bool:
-    """May it be written: is it not there, or still as an export wrote it?"""
+    """May it be written: is it new, or still as an export wrote it? (What was deleted stays so.)"""
     if not path.parent.resolve().is_relative_to(directory.resolve()):
         return False  # a symbolic link leads out
     if path.is_symlink():
         return False
     if not path.exists():
-        return True
+        return known is None
     if not path.is_file():
         return False
     return digest(path.read_bytes()) in (known, digest(text.encode()))
@@ -374,7 +376,8 @@ def export(
 ) -> None:
     """Copy TRANSPORT... (or all) into DIRECTORY, as a project that stands alone.
 
-    With --force, files that export did not write, or that were edited since, are kept and named.
+    With --force, files that export did not write, or that were edited or deleted since, stay as
+    they are, and are named.
     """
     if not (SOURCES["cpp"] / PACKAGE).is_dir():
         what = "the sources are missing here; run it from a checkout of the project"
