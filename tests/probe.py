@@ -226,7 +226,7 @@ class Runner:
         self.bridge.close()
 
     def fork(self, command: Json, answer: Json) -> None:
-        """In mid-stream: the status that the child meets, which reads on and then closes."""
+        """In mid-stream: the status that the child meets, which reads on, calls, then closes."""
         items = cast(Items, self.bridge.stream(10_000, 1000))
         verifies = Pattern(1000).verifies
         need(verifies(0, next(items)), "another first item")
@@ -236,14 +236,22 @@ class Runner:
             try:
                 code = 0 if sum(1 for _ in items) else 1
             except Error as error:
+                items.close()
+                code = error.status if self._is_refused() else 98
                 self.bridge.close()
-                code = error.status
             finally:
                 os._exit(code)
         answer["child"] = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         self.items = 1
         self._walk(items, {}, verifies)
         need(self.items == 10_000, "another count of items")
+
+    def _is_refused(self) -> bool:
+        try:
+            self.bridge.echo(b"child", timeout=2.0)
+        except Error:
+            return True
+        return False
 
     def _walk(
         self, source: object, command: Json, verifies: Callable[[int, memoryview], bool]

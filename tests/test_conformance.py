@@ -321,9 +321,6 @@ def _check_left(peers: Peers, pid: int) -> None:
         wait_until(lambda: is_gone(pid), EXIT_S, "the server ends")
 
 
-@pytest.mark.parametrize(
-    "transport", [name for name in TRANSPORTS if not name.startswith("grpc")], indirect=True
-)
 def test_a_fork_of_a_connected_client(peers: Peers) -> None:
     """Row 33, in mid-stream: the child gets an error, and the parent every item."""
     client = peers.start()

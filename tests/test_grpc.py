@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 
 import ipc_bridge
-from ipc_bridge import Call, CallError, Error, Service, Status, connect
+from ipc_bridge import Call, CallError, Service, Status, connect
 from peer_support import (
     EXIT_STATUS,
     NOBODY,
@@ -601,24 +601,6 @@ def test_a_proxy_has_no_effect(server: str, caller: str, place: Path) -> None:
     with served(address("grpc+tcp", place), server) as up:
         words = [*peer(caller), "echo", up.url, "--payload", "x", "--timeout", "5"]
         assert subprocess.run(words, env=os.environ | proxies, timeout=20).returncode == 0
-
-
-def test_a_fork_is_told_so(place: Path) -> None:
-    """Row 33: the child gets an error, the parent does not notice."""
-    with served(address("grpc+unix", place), "cpp") as up, connect(up.url) as bridge:
-        bridge.echo(b"before")
-        child = os.fork()
-        if child == 0:
-            try:
-                bridge.echo(b"child", timeout=2.0)
-            except Error as error:
-                os._exit(error.status)
-            except BaseException:
-                os._exit(99)
-            os._exit(0)
-        _, code = os.waitpid(child, 0)
-        assert os.waitstatus_to_exitcode(code) == Status.FAILED_PRECONDITION
-        assert bytes(bridge.echo(b"after", timeout=5.0)) == b"after"
 
 
 # --- keys ---

@@ -276,7 +276,7 @@ class Runner {
 
     void close(const json& /*command*/, json& /*answer*/) { bridge_.close(); }
 
-    // In mid-stream: the status that the child meets, which reads on and then closes.
+    // In mid-stream: the status that the child meets, which reads on, calls, then closes.
     void fork(const json& /*command*/, json& answer) {
         const Pattern pattern(1000);
         Items items = bridge_.stream(10'000, 1000);
@@ -288,8 +288,9 @@ class Runner {
                 while (items.next()) {
                 }
             } catch (const Error& error) {
+                items.close();
+                code = is_refused() ? static_cast<int>(error.status) : 98;
                 bridge_.close();
-                code = static_cast<int>(error.status);
             }
             ::_exit(code);
         }
@@ -299,6 +300,15 @@ class Runner {
         items_ = 1;
         walk(std::move(items), json::object(), verifier(pattern));
         need(items_ == 10'000, "another count of items");
+    }
+
+    bool is_refused() {
+        try {
+            bridge_.echo(bytes_of("child"), 2.0);
+        } catch (const Error&) {
+            return true;
+        }
+        return false;
     }
 
     void walk(Items items, const json& command, const Verifies& verifies) {

@@ -30,8 +30,9 @@
 
 namespace ipc_bridge::grpc_rpc {
 
-// Items made before gRPC takes them: enough that it never waits for a fast producer.
-inline constexpr std::size_t queue_bytes_max = 64U << 10;
+// Items made before gRPC takes them: enough that it never waits for a fast producer. One that had
+// to wait goes on at half of it: to be woken for each item costs more than the item.
+inline constexpr std::size_t queue_bytes_max = 128U << 10;
 // What an item costs there beside its payload.
 inline constexpr std::size_t item_extra_bytes = 64;
 
@@ -285,21 +286,31 @@ class Streaming : public grpc::ServerWriteReactor<StreamItem> {
     }
 
     void OnWriteDone(bool ok) override {
+        if (!ok) {  // OnCancel comes, too, but the handler would go on until then
+            call_.cancel(Status::CANCELLED);
+        }
         bool is_over = false;
         {
             const std::lock_guard lock(call_.mutex);
+            const bool was_full = !has_room(queue_bytes_max / 2);
             queued_bytes_ -= cost(queue_.front());
             queue_.pop_front();
-            if (!ok) {  // the call is over: OnCancel comes, too
+            if (!ok) {
                 queue_.clear();
                 queued_bytes_ = 0;
             }
             writing_ = !queue_.empty();
             if (writing_) {
-                StartWrite(&queue_.front());
+                grpc::WriteOptions options;
+                if (queue_.size() > 1) {  // gRPC may keep it for the next: many leave at once
+                    options.set_buffer_hint();
+                }
+                StartWrite(&queue_.front(), options);
             }
             is_over = !writing_ && ended_;
-            call_.changed.notify_all();
+            if (was_full && has_room(queue_bytes_max / 2)) {
+                call_.changed.notify_all();
+            }
         }
         if (is_over) {
             Finish(status_);
@@ -314,6 +325,8 @@ class Streaming : public grpc::ServerWriteReactor<StreamItem> {
     static std::size_t cost(const StreamItem& item) {
         return item.payload().size() + item_extra_bytes;
     }
+
+    bool has_room(std::size_t bytes_max) const { return queued_bytes_ < bytes_max; }
 
     void run() {
         end(guarded(call_, [this] {
@@ -339,7 +352,9 @@ class Streaming : public grpc::ServerWriteReactor<StreamItem> {
     void put(Bytes bytes) {
         Shared::check_size(call_, bytes.size());
         std::unique_lock lock(call_.mutex);
-        call_.wait(lock, call_.deadline_ns, [this] { return queued_bytes_ < queue_bytes_max; });
+        if (!has_room(queue_bytes_max)) {
+            call_.wait(lock, call_.deadline_ns, [this] { return has_room(queue_bytes_max / 2); });
+        }
         if (call_.reason() != Status::OK) {
             return;
         }

@@ -37,6 +37,10 @@ class RpcCall(Call):
         self._context = context
         self._why = Status.OK
         self._over: threading.Event | None = None  # made by whoever sleeps
+        self._peer_payload_bytes_max = frame.PAYLOAD_BYTES_MAX
+        for key, value in context.invocation_metadata():
+            if key == MAX_PAYLOAD_KEY:
+                self._peer_payload_bytes_max = int(value) if str(value).isdecimal() else 0
 
     def is_cancelled(self) -> bool:
         return self.reason() != Status.OK
@@ -57,10 +61,12 @@ class RpcCall(Call):
 
     @property
     def peer_payload_bytes_max(self) -> int:
-        for key, value in self._context.invocation_metadata():
-            if key == MAX_PAYLOAD_KEY:
-                return int(value)
-        return frame.PAYLOAD_BYTES_MAX
+        return self._peer_payload_bytes_max
+
+    @property
+    def is_cut(self) -> bool:
+        """Has somebody here ended it? (Else gRPC knows.)"""
+        return self._why != Status.OK
 
     def reason(self) -> Status:
         """Why the call must end before its handler is done; OK: it need not."""
@@ -80,7 +86,7 @@ class RpcCall(Call):
     def checked(self, payload: Buffer) -> bytes:
         """What a handler gave, for protobuf. Raises Error: RESOURCE_EXHAUSTED if the client takes
         no payload of that size; TypeError for what is no bytes, or a view of wider elements."""
-        size, size_max = len(payload), self.peer_payload_bytes_max
+        size, size_max = len(payload), self._peer_payload_bytes_max
         if size > size_max:
             raise Error(Status.RESOURCE_EXHAUSTED, too_large(size, "client", size_max))
         out = b"" + payload  # no copy of bytes
@@ -144,16 +150,19 @@ class RpcServicer(BridgeServicer):
     def _produce(
         self, context: grpc.ServicerContext, method: int, request: bytes
     ) -> Iterator[StreamItem]:
-        """A streaming call: gRPC asks for an item once the one before is on its way."""
+        """A streaming call: gRPC asks for an item once the one before is on its way, and for none
+        once the call has ended."""
         call = self._enter(context, request)
         items: Any = None
         try:
             items = iter(self._service.find_streaming(method)(call, memoryview(request)))
             for item in items:
-                if item is None or call.reason() != Status.OK:
+                if item is None or call.is_cut:
                     break
                 if isinstance(item, Pause):
                     call.sleep_until(item.until_ns)
+                    if call.is_cancelled():  # gRPC stops us only at an item
+                        break
                     continue
                 yield StreamItem(payload=call.checked(item))
         except Exception as error:

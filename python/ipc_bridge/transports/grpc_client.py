@@ -2,8 +2,9 @@
 
 import contextlib
 import os
+import weakref
 from collections.abc import Callable, Generator, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import grpc
 
@@ -35,13 +36,18 @@ CONNECT_RETRY_MS = (100, 500)  # between attempts to reach a server; gRPC allows
 
 
 class Forks:
-    """How often this process is a fork of another. The threads of gRPC stay behind in a fork."""
+    """How often this process is a fork of another. The threads of gRPC stay behind in a fork, with
+    the locks that they hold: what the parent had, the child leaves alone, and keeps, for its end
+    would wait for them."""
 
     count = 0
+    clients: ClassVar["weakref.WeakSet[RpcClient]"] = weakref.WeakSet()
+    kept: ClassVar["list[RpcClient]"] = []
 
     @classmethod
     def happened(cls) -> None:
         cls.count += 1
+        cls.kept += cls.clients
 
 
 os.register_at_fork(after_in_child=Forks.happened)
@@ -65,7 +71,8 @@ class RpcClient:
             *arguments,
             ("grpc.max_send_message_length", -1),
             ("grpc.max_receive_message_length", message_bytes(payload_bytes_max)),
-            # The window of a stream: fixed, else it grows with the link's speed.
+            # The window of a stream: fixed, else it grows with the link's speed. (In C++ it may,
+            # with the default: gRPC 1.51 is slow otherwise.)
             ("grpc.http2.lookahead_bytes", window_bytes),
             ("grpc.http2.bdp_probe", 0),
             # A connection of its own: gRPC's channels to one address share theirs otherwise.
@@ -96,6 +103,7 @@ class RpcClient:
         self._items: RpcItems | None = None  # of the open stream
         self._closed = False
         self._forks = Forks.count  # when it was made
+        Forks.clients.add(self)
 
     def meet(self, deadline_ns: int, missing: str) -> None:
         """Learn what the server takes, waiting for it to start. Raises Error: UNAVAILABLE."""
@@ -142,8 +150,17 @@ class RpcClient:
     def close(self) -> None:
         """Close the connection; an open call is cancelled by that. Idempotent."""
         self._closed = True
-        if self._forks == Forks.count:
+        if not self.is_forked:
             self._channel.close()
+
+    @property
+    def is_forked(self) -> bool:
+        return self._forks != Forks.count
+
+    def check_fork(self) -> None:
+        if self.is_forked:
+            what = "the connection is the parent's, from before the fork: connect anew"
+            raise UsageError(Status.FAILED_PRECONDITION, what, self.url)
 
     def _prepare(self, size: int, timeout: float | None) -> float | None:
         """What is checked before any call; the timeout for gRPC. Raises as Client.call."""
@@ -152,11 +169,9 @@ class RpcClient:
                 raise CallError(Status.DEADLINE_EXCEEDED, "the deadline has passed", self.url)
             if timeout > TIMEOUT_S_MAX:
                 timeout = None
+        self.check_fork()
         if self._items is not None and self._items.is_open:
             what = "a call is under way on this connection"
-            raise UsageError(Status.FAILED_PRECONDITION, what, self.url)
-        if self._forks != Forks.count:
-            what = "a connection does not survive a fork"
             raise UsageError(Status.FAILED_PRECONDITION, what, self.url)
         if self._closed:
             raise CallError(Status.UNAVAILABLE, "the connection is closed", self.url)
@@ -187,6 +202,7 @@ class RpcItems:
     def __next__(self) -> memoryview:
         if not self.is_open:
             raise StopIteration
+        self._caller.check_fork()
         try:
             return memoryview(next(self._responses).payload)
         except StopIteration:
@@ -202,22 +218,27 @@ class RpcItems:
 
     def close(self) -> None:
         """Cancel the call unless it has ended. Idempotent."""
-        if self.is_open:
-            self.is_open = False
+        if self.is_open and not self._caller.is_forked:
             self._responses.cancel()
+        self.is_open = False
 
     def __del__(self) -> None:
         with contextlib.suppress(Exception):
             self.close()
 
     def _cancelling(self) -> Generator[memoryview, None, None]:
+        """As `__next__` until the end, but with less for each item."""
+        check_fork = self._caller.check_fork
         try:
-            while True:
-                try:
-                    item = next(self)
-                except StopIteration:
-                    return
-                yield item
+            check_fork()
+            for response in self._responses if self.is_open else ():
+                yield memoryview(response.payload)
+                check_fork()
+            self.is_open = False
+        except grpc.RpcError as error:
+            if self.is_open:  # else it was closed meanwhile
+                self.is_open = False
+                raise self._caller.error_of(error) from None
         finally:
             self.close()
 

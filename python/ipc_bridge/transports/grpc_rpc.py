@@ -8,10 +8,11 @@ Meeting: gRPC's own. On a Unix socket a lock beside the path comes first, for gR
 each other's paths; `grpc+tcp` serves other hosts only with keys (mutual TLS).
 
 The trap: by default gRPC reads ahead up to megabytes, and more on a fast link, so that a slow
-reader hardly slows its producer: here the window is fixed. A producer is at most that window, and
-512 KiB or an item, ahead (measured with 4 KiB items: 0 to 256 KiB). Others are remedied where
-they bite: servers that share a port, proxies, channels that share a connection, reconnecting at
-leisure.
+reader hardly slows its producer. Here a window below the default is fixed: a producer is at most
+that window, and 512 KiB or an item, ahead (measured with 4 KiB items: 0 to 256 KiB). With the
+default, up to 6 MiB were measured, and 11 with a client in C++ over TCP: its gRPC, 1.51, is slow
+unless it may widen the connection's window. Others are remedied where they bite: servers that share
+a port, proxies, channels that share a connection, reconnecting at leisure.
 
 Keys: one's own CA signs a certificate for each side, with the server's host in subjectAltName.
     openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=ca
