@@ -22,10 +22,7 @@ def fed(session: Either, data: bytes) -> int:
     count = min(len(space), len(data))
     assert count > 0
     space[:count] = data[:count]
-    if isinstance(session, ClientSession):
-        session.filled(count)
-    else:
-        session.decoder.filled(count)
+    session.filled(count)
     return count
 
 

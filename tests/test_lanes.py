@@ -7,7 +7,7 @@ part of what it is asked for. (Both mixed, in any order: `TwoSessions` of test_t
 
 import random
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from ipc_bridge.client import Client
 from ipc_bridge.connection import Connection
-from ipc_bridge.errors import Error, ProtocolError, Status
-from ipc_bridge.frame import HEADER_BYTES, Buffer, Kind
+from ipc_bridge.errors import CallError, Error, ProtocolError, Status
+from ipc_bridge.frame import BUFFER_BYTES, HEADER_BYTES, IDLE_REFILLS_MAX, Buffer, Kind
 from ipc_bridge.handlers import Call, Service
 from ipc_bridge.session import ClientSession, ServerSession, State
 from ipc_bridge.system import END, NEVER, WOULD_BLOCK, Spinner, Stream, Wait
@@ -53,21 +53,23 @@ def bytes_of(fields: tuple[int, int, int, int, int, int], call_id: int) -> bytes
 
 def fill(session: Either, data: bytes) -> int:
     """Read on the lane, without telling anybody."""
-    space = session.space if isinstance(session, ClientSession) else session.decoder.fresh_space()
-    assert space is not None
-    count = min(len(space), len(data))
-    space[:count] = data[:count]
+    assert session.quiet or session.find_lane()
+    count = min(len(session.space), len(data))
+    session.space[:count] = data[:count]
     return count
 
 
 def state_of(session: Either) -> dict[str, Any]:
     """All that decides what the session does next; the payload by its bytes."""
-    left_out = ("decoder", "outbox", "broken", "payload", "space", "status", "_quiet")
+    left_out = {"decoder", "outbox", "broken", "payload", "space", "status", "quiet"}
+    if session.state not in (State.OPEN, State.RUNNING):
+        left_out |= {"streaming", "_streaming", "credit", "_index"}  # of no call
     state = {name: value for name, value in vars(session).items() if name not in left_out}
     buffer = session.decoder
     state["broken"] = str(session.broken)
     state["undecoded"] = bytes(buffer._view[buffer._start : buffer._end])
-    state["held"] = buffer._floor
+    on_lane = session.quiet and session.state == State.RUNNING  # then it is held on leaving
+    state["held"] = HEADER_BYTES + len(session.payload) if on_lane else buffer._floor
     state["outbox"] = b"".join(map(bytes, session.outbox.buffers()))
     return state
 
@@ -116,7 +118,7 @@ def test_a_client_on_the_lane(
     data = b"".join(bytes_of(answer, lane._call_id) for answer in answers)
     data = data[: max(1, len(data) - cut)] or b"\0"
     count = fill(lane, data)
-    assert fed(general, data) == count
+    assert fed(general, data[:count]) == count
     reply = lane.filled_by_reply(count)
     first = [] if reply is None else [(Kind.END, bytes(reply), Status.OK, "")]
     assert events_of(lane, first) == events_of(general, [])
@@ -138,7 +140,7 @@ def test_a_server_on_the_lane(
     data = b"".join(bytes_of(call, lane._next_id) for call in calls)
     data = data[: max(1, len(data) - cut)] or b"\0"
     count = fill(lane, data)
-    assert fed(general, data) == count
+    assert fed(general, data[:count]) == count
     first = []
     if lane.filled_by_call(count):
         first.append((Kind.CALL, bytes(lane.payload), lane.status, lane.message))
@@ -153,6 +155,7 @@ def test_a_server_on_the_lane(
             return
         general.end(bytes(size))
         assert reply == written(general)
+        general.decoder.release()  # as the driver does then
     else:
         assert events_of(lane, []) == events_of(general, [])
     assert state_of(lane) == state_of(general)
@@ -203,11 +206,144 @@ def test_a_large_payload_takes_the_general_path() -> None:
     assert server.end_small(large) is None
 
 
+def test_a_grown_buffer_is_not_for_the_lane_until_it_is_given_back() -> None:
+    client, server = pair()
+
+    def exchange(payload: bytes) -> bool:
+        """Does the client go by the lane?"""
+        request = client.call_small(1, payload, 0)
+        if request is None:
+            client.call(1, payload, False, 0)
+        assert deliver(server, request or written(client)) == [Kind.CALL]
+        server.end(server.payload)
+        reply = written(server)
+        server.decoder.release()
+        assert deliver(client, reply) == [Kind.END]
+        assert client.payload == payload
+        return request is not None
+
+    assert exchange(b"small")
+    assert not exchange(bytes(BUFFER_BYTES))
+    for _ in range(IDLE_REFILLS_MAX):
+        assert not server.find_lane()
+        assert not exchange(b"small")
+    for _ in range(2):  # the first refill after the large one does not count, nor does the last
+        exchange(b"small")
+    assert server.find_lane()
+    assert exchange(b"small")
+
+
+@pytest.mark.parametrize("when", ["before the next call", "with its reply", "in two parts"])
+def test_a_late_reply(when: str) -> None:
+    """It crosses the CANCEL of its call, and is dropped; then the lane is free again."""
+    client, server = pair()
+    request = client.call_small(1, b"late", 9)
+    assert deliver(server, request or b"") == [Kind.CALL]
+    client.cancel()
+    server.end(server.payload)
+    reply = written(server)
+    server.decoder.release()
+    if when == "before the next call":
+        deliver(client, reply)
+        written(client)
+    elif when == "in two parts":
+        reply = reply[fed(client, reply[:18]) :]
+        assert client.next_event() is None
+    small = client.call_small(1, b"next", 9)
+    assert (small is not None) == (when == "before the next call")
+    if small is None:
+        client.call(1, b"next", False, 9)
+    assert deliver(server, small or written(client)) == [Kind.CALL]
+    server.end(server.payload)
+    if small is None:
+        assert deliver(client, reply + written(server)) == [Kind.END]
+    else:
+        assert client.filled_by_reply(fill(client, written(server))) is not None
+    assert bytes(client.payload) == b"next"
+    assert client.call_small(1, b"last", 0)
+
+
 def test_garbage_before_and_nothing_after() -> None:
     client, _ = pair()
     with pytest.raises(ProtocolError):
         deliver(client, frame_of(0, Kind.END, call_id=5))
     assert client.call_small(1, b"", 0) is None
+
+
+@pytest.mark.parametrize(
+    "leave",
+    [
+        lambda client: client.cancel(),
+        lambda client: client.next_event(),
+        lambda client: client.hold(),
+        lambda client: client.filled(0),
+        lambda client: (
+            client.filled_by_reply(fill(client, frame_of(0, Kind.END, call_id=1))),
+            client.call(1, b"", False, 0),
+        ),
+    ],
+)
+def test_a_client_leaves_the_lane(leave: Callable[[ClientSession], object]) -> None:
+    client, _ = pair()
+    assert client.call_small(1, b"", 0)
+    assert client.quiet
+    leave(client)
+    assert not client.quiet
+
+
+@pytest.mark.parametrize(
+    "leave",
+    [
+        lambda server: server.end(b""),
+        lambda server: server.fail(Status.ABORTED, "no"),
+        lambda server: server.drain(),
+        lambda server: server.next_event(),
+        lambda server: server.filled(0),
+    ],
+)
+def test_a_server_leaves_the_lane(leave: Callable[[ServerSession], object]) -> None:
+    _, server = pair()
+    assert server.filled_by_call(fill(server, frame_of(0, Kind.CALL, 0, 1, 1)))
+    assert server.quiet
+    leave(server)
+    assert not server.quiet
+    assert server.end_small(b"") is None
+
+
+def test_a_request_is_held_when_its_handler_looks() -> None:
+    _, server = pair()
+    request = frame_of(8, Kind.CALL, 0, 1, 1)[:16] + b"a request"[:8]
+    assert server.filled_by_call(fill(server, request))
+    server.next_event()
+    fed(server, frame_of(100, Kind.CALL, 0, 1, 2))
+    assert bytes(server.payload) == b"a request"[:8]
+
+
+def test_a_reply_is_held_while_it_is_a_request() -> None:
+    """A large one is sent from where it lies, and what comes meanwhile is read."""
+    client, _ = pair()
+    large = bytes(range(250)) * 80
+    assert client.call_small(1, b"", 0)
+    reply = client.filled_by_reply(
+        fill(client, struct.pack("<IBBHII", len(large), 4, 0, 0, 1, 0) + large)
+    )
+    assert reply is not None
+    assert bytes(reply) == large
+    client.hold()
+    client.call(1, reply, False, 0)
+    fed(client, frame_of(0, Kind.GOODBYE, value=2))
+    assert written(client)[HEADER_BYTES:] == large
+
+
+def test_an_item_in_answer_to_a_small_call() -> None:
+    client, _ = pair()
+    client.call(1, b"", True, 0)
+    written(client)
+    assert deliver(client, frame_of(0, Kind.END, call_id=1)) == [Kind.END]
+    assert client.call_small(1, b"", 0)
+    assert client.filled_by_reply(fill(client, frame_of(8, Kind.ITEM, call_id=2)[:24])) is None
+    with pytest.raises(ProtocolError, match="ITEM in answer to a unary call"):
+        client.next_event()
 
 
 # --- the drivers ---
@@ -225,22 +361,24 @@ class Choppy(Stream):
         self.sent = b""
         self._dice = random.Random(seed)
 
-    def some(self, most: int) -> int:
-        """Mostly all of it."""
-        return self._dice.choice((most, most, most, min(most, 1), min(most, 20), most // 2))
+    def some(self, data: bytes) -> int:
+        """Of it: mostly all, or just the first frame."""
+        most = len(data)
+        frame = HEADER_BYTES + int.from_bytes(data[:4], "little")
+        return min(most, self._dice.choice((most, most, frame, frame, 1, 20, most // 2)))
 
     def on_write(self, data: bytes) -> None:
         """The peer's side."""
 
     def try_write(self, buffers: Sequence[Buffer]) -> int:
         data = b"".join(buffers)
-        count = self.some(len(data)) if self._dice.random() < 0.8 else WOULD_BLOCK
+        count = self.some(data) if self._dice.random() < 0.8 else WOULD_BLOCK
         self.sent += data[:count]
         self.on_write(data[:count])
         return count
 
     def try_read(self, buffer: memoryview) -> int:
-        count = min(len(buffer), self.some(len(self.received)) or 1, len(self.received))
+        count = min(len(buffer), self.some(self.received) or 1, len(self.received))
         buffer[:count] = self.received[:count]
         self.received = self.received[count:]
         return count
@@ -307,6 +445,24 @@ def test_a_client_by_the_lane_or_not(seed: int) -> None:
     assert frames_of(sent)[:32] == frames_of(general_sent)[:32]
 
 
+def test_a_reply_that_comes_at_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is too late for its call, and does not disturb the next one."""
+
+    class Slow(Served):
+        def read(self, buffer: memoryview, deadline_ns: int) -> int:
+            if deadline_ns != NEVER:
+                monkeypatch.setattr("ipc_bridge.client.now_ns", lambda: deadline_ns)
+            return super().read(buffer, deadline_ns)
+
+    for seed in range(20):
+        client = Client(Slow(seed), ClientSession(), "here")
+        client._meet(NEVER)
+        for number in range(5):
+            with pytest.raises(CallError, match="DEADLINE_EXCEEDED"):
+                client.call(ECHO, b"late", 100)
+            assert client.call(ECHO, b"%d" % number) == b"%d" % number
+
+
 def frames_of(data: bytes) -> list[tuple[tuple[int, ...], bytes]]:
     """The frames; the time that a CALL has left is the clock's affair."""
     out = []
@@ -353,5 +509,5 @@ def test_a_server_by_the_lane_or_not(seed: int, monkeypatch: pytest.MonkeyPatch)
         return stream.sent
 
     sent = serve()
-    monkeypatch.setattr(Connection, "_is_quiet", lambda self: False)
+    monkeypatch.setattr(ServerSession, "find_lane", lambda self: False)
     assert sent == serve()

@@ -132,8 +132,9 @@ class TwoSessions(RuleBasedStateMachine):
             count = min(len(space), len(self.to_client), most)
             space[:count] = self.to_client[:count]
             self.to_client = self.to_client[count:]
-            if self.client.filled_by_reply(count) is not None:
-                self.on_end()
+            reply = self.client.filled_by_reply(count)
+            if reply is not None:
+                self.last().results.append((Status.OK, bytes(reply)))
                 return
         else:
             count = fed(self.client, self.to_client[:most])
@@ -189,8 +190,8 @@ class TwoSessions(RuleBasedStateMachine):
     @rule(most=st.sampled_from([1, 5, 16, 40, 1 << 20]), lane=st.booleans())
     def server_reads(self, most: int, lane: bool) -> None:
         on_lane = lane and self.server.state == State.IDLE  # else it would free a held request
-        space = self.server.decoder.fresh_space() if on_lane else None
-        if space is not None:
+        if on_lane and self.server.find_lane():
+            space = self.server.space
             count = min(len(space), len(self.to_server), most)
             space[:count] = self.to_server[:count]
             self.to_server = self.to_server[count:]

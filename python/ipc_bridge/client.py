@@ -119,14 +119,20 @@ class Client:
         request = session.call_small(method, payload, left_ms)
         if request is None:
             self._start(method, payload, False, deadline_ns, left_ms)
-        elif self._write_small(request, deadline_ns):
+        else:
+            stream = self._stream
+            self._deadline_ns = deadline_ns
             try:
-                count = self._stream.read(session.space, deadline_ns)
+                sent = stream.try_write((request,))
+                if sent == len(request):
+                    count = stream.read(session.space, deadline_ns)
             except Error as error:
                 self._lose(error)
-            if count > 0:
+            if sent != len(request):
+                self._send_rest(request, sent)
+            elif count > 0:
                 reply = session.filled_by_reply(count)
-                if timeout is not None and self._is_late():
+                if deadline_ns != NEVER and self._is_late():
                     self._expire()
                 if reply is not None:
                     return reply
@@ -174,21 +180,6 @@ class Client:
             raise CallError(Status.DEADLINE_EXCEEDED, "the deadline has passed", self.url)
         return deadline_ns, left_ms
 
-    def _write_small(self, request: bytes, deadline_ns: int) -> bool:
-        """Send a CALL on the lane; False: it took more than one write, leave the lane."""
-        self._deadline_ns = deadline_ns
-        try:
-            count = self._stream.try_write((request,))
-            if count == len(request):
-                return True
-            if count != END:
-                self._session.outbox.put_rest(request, count)
-                self._send()
-            return False
-        except BaseException:  # half of a request: nobody can complete it
-            self.close()
-            raise
-
     def _start(
         self, method: int, payload: Buffer, streaming: bool, deadline_ns: int, left_ms: int
     ) -> None:
@@ -196,7 +187,7 @@ class Client:
         session = self._session
         if type(payload) is not bytes:
             payload = memoryview(payload).cast("B")
-            session.decoder.hold()  # it may be a view of the last reply
+            session.hold()  # it may be a view of the last reply
         try:
             if session.outbox.size and session.state == State.IDLE:  # the CANCEL of the last call
                 self._deadline_ns = deadline_ns
@@ -206,12 +197,22 @@ class Client:
             error.where = error.where or self.url
             raise
         self._deadline_ns = deadline_ns
+        self._send_call()
+        session.decoder.release()
+
+    def _send_rest(self, request: bytes, count: int) -> None:
+        """Send what the lane has left of a CALL, whose first `count` bytes were written; END: the
+        server has gone, and why may still stand in what it sent before."""
+        if count != END:
+            self._session.outbox.put_rest(request, count)
+            self._send_call()
+
+    def _send_call(self) -> None:
         try:
             self._send()
         except BaseException:  # half of a request: nobody can complete it
             self.close()
             raise
-        session.decoder.release()
 
     def _send(self) -> None:
         """Write all that is due."""

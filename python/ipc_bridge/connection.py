@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from ipc_bridge.errors import OK, Error, Status
 from ipc_bridge.frame import JOIN_BYTES_MAX, Buffer
 from ipc_bridge.handlers import REASONS, Call, Item, Pause, Service
-from ipc_bridge.session import IDLE, RUNNING, ServerSession, State
+from ipc_bridge.session import RUNNING, ServerSession, State
 from ipc_bridge.system import END, NEVER, WOULD_BLOCK, Stream, deadline_after, now_ns
 
 HELLO_TIMEOUT_S = 5.0  # a client that says nothing for so long is gone
@@ -78,7 +78,7 @@ class Connection:
         """Serve the client until it goes, breaks the rules, or the server stops."""
         try:
             while self.step():
-                if self._is_quiet():
+                if self.session.find_lane():
                     self._serve_small(self.stream.read, NEVER)
                 else:
                     self._exchange()
@@ -104,7 +104,7 @@ class Connection:
 
     def _turn(self, until_ns: int) -> bool:
         session, count = self.session, 1
-        if self._is_quiet() and self._serve_small(self.stream.read_alone, until_ns):
+        if session.find_lane() and self._serve_small(self.stream.read_alone, until_ns):
             return True
         while count > 0:
             if session.state is not RUNNING:
@@ -199,13 +199,6 @@ class Connection:
                 self._take(self.stream.read(session.decoder.space(), deadline_ns))
             self.is_idle = False
 
-    def _is_quiet(self) -> bool:
-        """No call is running, nothing is left to be written or decoded, and the buffer has not
-        grown: the lane can serve the next call."""
-        session = self.session
-        quiet = session.state is IDLE and not session.outbox.size
-        return quiet and session.decoder.fresh_space() is not None
-
     def _read(self, until_ns: int) -> None:
         """Wait, while a call runs, for input (or room, if there is output), and read."""
         session, stream = self.session, self.stream
@@ -219,7 +212,7 @@ class Connection:
     def _take(self, count: int) -> None:
         session = self.session
         if count > 0:
-            session.decoder.filled(count)
+            session.filled(count)
         elif count == END:
             if self.cut or (self.draining and session.state is not RUNNING):
                 session.drain()  # interrupted by us, not by the client
@@ -259,9 +252,9 @@ class Connection:
         """The lane: `_exchange` and `step` in one, over and over, while the client's calls are
         small unary ones, one by one, and each reply leaves in one write. True: there was no input
         by `until_ns`, or a shared loop has something else to do."""
-        session, fresh_space = self.session, self.session.decoder.fresh_space
-        find_unary, stream = self._service.find_unary, self.stream
-        while (space := fresh_space()) is not None:
+        session, stream, call = self.session, self.stream, self._undated
+        find_unary, space = self._service.find_unary, session.space
+        while True:
             self.is_idle = True
             count = WOULD_BLOCK if self.draining else read(space, until_ns)
             self.is_idle = False
@@ -271,10 +264,8 @@ class Connection:
             if not session.filled_by_call(count):
                 return False
             left_ms = session.remaining_ms
-            call = self._undated
             if left_ms:
-                call = ConnectionCall(self, now_ns() + left_ms * 1_000_000)
-            self._call = call
+                call = self._call = ConnectionCall(self, now_ns() + left_ms * 1_000_000)
             try:
                 answer = find_unary(session.method)(call, session.payload)
                 stopped = self.cut or (left_ms and self.reason() is not OK)
@@ -285,12 +276,12 @@ class Connection:
             except Exception as error:
                 self._fail_by(error)
                 return False
-            self._call = None
+            if left_ms:
+                call, self._call = self._undated, None
             count = stream.try_write((reply,))
             if count != len(reply) and count != END:
                 session.outbox.put_rest(reply, count)
                 return False
-        return False
 
     def _refuse(self, error: Error) -> None:
         """Tell the client why its connection ends."""

@@ -110,8 +110,7 @@ def check(header: Header, payload_bytes_max: int) -> None:
 
 
 # To look a name up in an enum costs 100 ns, so the ways of every frame use these.
-_HELLO, _CALL = int(Kind.HELLO), int(Kind.CALL)
-_ITEM, _END = int(Kind.ITEM), int(Kind.END)
+_HELLO, _ITEM, _END = int(Kind.HELLO), int(Kind.ITEM), int(Kind.END)
 _UNPACK = HEADER.unpack_from
 _U32_BYTES = struct.Struct("=I")
 
@@ -332,48 +331,21 @@ class Decoder:
         return header
 
     def fresh_space(self) -> memoryview | None:
-        """`release`, then `space`, provided that nothing is left to decode; else None.
+        """`release`, then `space`, provided that nothing is left to decode; else None. No longer
+        than a frame may be.
 
-        The lane begins with it: what is read there starts at the front of the buffer. (Not of one
-        that has grown: `space` gives it back after a while.)
+        The lane reads there, and takes the frame apart by itself; `filled` hands over what it does
+        not know, and `skip` what it has used. (Not a buffer that has grown: `space` gives it back
+        after a while.)
         """
         if self._start != self._end or self._grown:
             return None
         self._start = self._end = self._floor = 0
-        return self._view
+        return self._view[: HEADER_BYTES + self.payload_bytes_max]
 
-    def filled_by_end(self, count: int, call_id: int) -> memoryview | None:
-        """`filled` after `fresh_space` (or after this, if it took all that there was), and then the
-        payload of END of `call_id` with OK, provided that it is all that was read, and whole.
-
-        As `filled_by_call` it knows one kind of frame, and takes it apart by itself. None is
-        anything else; nothing is taken then, and `next` judges it.
-        """
-        size = count - HEADER_BYTES
-        if (
-            size < 0
-            or size > self.payload_bytes_max
-            or _UNPACK(self._buffer) != (size, _END, 0, 0, call_id, 0)
-        ):
-            self._start, self._end = 0, count
-            return None
+    def skip(self, count: int) -> None:
+        """Leave `count` bytes at the front of `fresh_space` as they are."""
         self._start = self._end = count
-        return self._view[HEADER_BYTES:count]
-
-    def filled_by_call(self, count: int, call_id: int) -> Header | None:
-        """`filled` after `fresh_space`, and then the header of a unary CALL `call_id`, its payload
-        in `self.payload` and held as by `hold`, provided that it is all that was read, and whole.
-        """
-        self._end = count
-        size = count - HEADER_BYTES
-        if size < 0 or size > self.payload_bytes_max:
-            return None
-        header = _UNPACK(self._buffer)
-        if header[0] != size or header[1] != _CALL or header[2] or header[4] != call_id:
-            return None
-        self._start = self._floor = count
-        self.payload = self._view[HEADER_BYTES:count]
-        return header
 
     def batch(self, call_id: int, index: int, bytes_max: int) -> Batch | None:
         """The ITEMs of `call_id` that stand ready, numbered from `index` on; None if none does.

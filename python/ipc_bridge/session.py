@@ -10,7 +10,8 @@ An event is a Kind; what it carries stands in the attributes below it until the 
 The lane: the general path of a small unary call takes some 60 Python calls, several microseconds.
 So a small one that comes alone may go by `call_small` and `filled_by_reply`, or `filled_by_call`
 and `end_small`. Each does just what the general methods in its docstring would do, or nothing; so
-one can always leave the lane, and never needs it. (C++ has none: there it would gain nothing.)
+one can always leave the lane, and never needs it. What must hold for it is found by `find_lane`,
+once; `quiet` tells that it still does. (C++ has none: there it would gain nothing.)
 """
 
 from collections.abc import Callable
@@ -51,7 +52,7 @@ class State(IntEnum):
 # What the way of every small call looks at, by names of its own: State.X costs 100 ns.
 IDLE, OPEN, RUNNING = State.IDLE, State.OPEN, State.RUNNING
 _CALL, _ITEM, _END = int(Kind.CALL), int(Kind.ITEM), int(Kind.END)
-_PACK = HEADER.pack
+_PACK, _UNPACK = HEADER.pack, HEADER.unpack_from
 
 
 def next_id(call_id: int) -> int:
@@ -77,6 +78,8 @@ class Session:
         self.window_bytes = window_bytes
         self.peer_window_bytes = 0
         self.peer_payload_bytes_max = 0
+        self.quiet = False  # the lane was found free, and nothing has happened beside it since
+        self.space = memoryview(b"")  # where to read, on the lane
         self._small_bytes_max = 0  # of a payload on a lane
         # Of the latest event:
         self.payload: memoryview = memoryview(b"")  # CALL, ITEM, END with OK
@@ -92,6 +95,7 @@ class Session:
 
     def next_event(self) -> Kind | None:
         """The next event; None: read more. Raises ProtocolError, and again whenever it is asked."""
+        self._leave_lane()
         if self.broken is not None:
             raise self.broken
         if self.cancelled:
@@ -109,6 +113,32 @@ class Session:
         except ProtocolError as error:
             self.broken = error
             raise
+
+    def hold(self) -> None:
+        """Keep the payload of the latest event while more input is read; see Decoder.release."""
+        self._leave_lane()
+        self.decoder.hold()
+
+    def filled(self, count: int) -> None:
+        """`count` bytes were read into `decoder.space()`, or into `space` on the lane."""
+        self.quiet = False
+        self.decoder.filled(count)
+
+    def find_lane(self) -> bool:
+        """Is the lane free: is no call in the air, and nothing left to write or to decode?"""
+        self.quiet = False
+        if self.state is IDLE and not self.outbox.size and self.broken is None:
+            space = self.decoder.fresh_space()
+            if space is not None:
+                self.space, self.payload = space, space[:0]
+                self.quiet = True
+        return self.quiet
+
+    def _leave_lane(self) -> None:
+        """Something else is to be done; the latest payload stays where it is."""
+        if self.quiet:
+            self.quiet = False
+            self.decoder.skip(HEADER_BYTES + len(self.payload))
 
     def farewell(self, status: Status, message: str) -> None:
         """End the session, and tell the peer why (END of call 0)."""
@@ -163,8 +193,6 @@ class ClientSession(Session):
         self._granted = 0  # credit sent since the last read: no item read by then rests on it
         self._owed = 0  # cost of items taken and not yet given back
         self._leaving = False  # the server said GOODBYE
-        self._quiet = False  # the last call went by the lane, and nothing else has been done since
-        self.space = memoryview(b"")  # for the answer to a small call
 
     def call(self, method: int, payload: Buffer, streaming: bool, remaining_ms: int) -> None:
         """Start a call; `remaining_ms` to its deadline, 0 for none.
@@ -172,7 +200,7 @@ class ClientSession(Session):
         Raises UsageError (FAILED_PRECONDITION: another call is open; RESOURCE_EXHAUSTED: more
         than the server takes) or CallError (UNAVAILABLE); nothing is sent then.
         """
-        self._quiet = False
+        self._leave_lane()
         if self.state != State.IDLE:
             if self.state == State.OPEN:
                 what = "a call is under way on this connection"
@@ -202,7 +230,7 @@ class ClientSession(Session):
         if (
             self.state is not IDLE
             or size > self._small_bytes_max
-            or not (self._quiet or self._is_quiet())
+            or not (self.quiet or self.find_lane())
         ):
             return None
         call_id = self._next_id
@@ -211,32 +239,30 @@ class ClientSession(Session):
             return None  # a view of elements wider than a byte
         self._call_id = call_id
         self._next_id = call_id + 1 if call_id < _U32 else 1
-        self._streaming = self._quiet = False
         self.state = OPEN
         return request
 
-    def _is_quiet(self) -> bool:
-        """The long way to find that the lane is free: once for all small calls in a row."""
-        if self._answer_id != self._next_id or self._leaving or self.broken or self.outbox.size:
-            return False
-        space = self.decoder.fresh_space()
-        self.space = space or self.space
-        return space is not None
+    def find_lane(self) -> bool:
+        self._streaming = False
+        return self._answer_id == self._next_id and not self._leaving and super().find_lane()
 
     def filled_by_reply(self, count: int) -> memoryview | None:
         """`filled` and `next_event` on the lane, for the first input after `call_small`, read into
         `space`: the reply, if END with OK is all that was read; None: nothing was decoded, use
         `next_event`."""
-        payload = self.decoder.filled_by_end(count, self._call_id)
-        if payload is not None:
-            self._answer_id = self._next_id
-            self._quiet = True
-            self.state = IDLE
+        space = self.space
+        if _UNPACK(space) != (count - HEADER_BYTES, _END, 0, 0, self._call_id, 0):
+            self.filled(count)
+            return None
+        self._answer_id = self._next_id
+        self.state = IDLE
+        payload = self.payload = space[HEADER_BYTES:count]
         return payload
 
     def cancel(self) -> None:
         """Give the open call up; whatever comes of it later is dropped. Without one: nothing."""
         if self.state == State.OPEN:
+            self._leave_lane()
             self.outbox.put(frame.encode(Kind.CANCEL, call_id=self._call_id))
             self.state = State.IDLE
 
@@ -266,9 +292,7 @@ class ClientSession(Session):
             self._owed = 0
 
     def filled(self, count: int) -> None:
-        """`count` bytes were read into `decoder.space()`."""
-        self._quiet = False
-        self.decoder.filled(count)
+        super().filled(count)
         if self._granted:
             self._allowed += self._granted
             self._granted = 0
@@ -389,16 +413,10 @@ class ServerSession(Session):
         self._ended()
 
     def end_small(self, payload: Buffer) -> bytes | None:
-        """`end` on the lane: a small reply, with nothing else to write. What to write in place of
+        """`end` on the lane: a small reply to a call that came by it. What to write in place of
         the outbox; None: nothing was done, use `end`."""
         size = len(payload)
-        if (
-            self.state is not RUNNING
-            or size > self._small_bytes_max
-            or self.cancelled
-            or self._leaving
-            or self.outbox.size
-        ):
+        if not self.quiet or size > self._small_bytes_max:
             return None
         reply = _PACK(size, _END, 0, 0, self._call_id, 0) + payload
         if len(reply) != HEADER_BYTES + size:
@@ -416,6 +434,7 @@ class ServerSession(Session):
         if self._leaving:
             return
         self._leaving = True
+        self._leave_lane()
         if self.state in (State.HELLO, State.IDLE):
             self._ended()
 
@@ -427,6 +446,7 @@ class ServerSession(Session):
         return Kind.CANCEL if was_running else None
 
     def _ended(self) -> None:
+        self._leave_lane()
         self.cancelled = False
         self.state = State.IDLE
         if self._leaving:
@@ -456,22 +476,35 @@ class ServerSession(Session):
         return Kind.CALL
 
     def filled_by_call(self, count: int) -> bool:
-        """`filled` and `next_event` on the lane, while IDLE, of what was read into `fresh_space` of
-        the decoder: True for a CALL event, if a small unary one is all that was read; False:
-        nothing was decoded, use `next_event`."""
-        decoder = self.decoder
-        header = decoder.filled_by_call(count, self._next_id)
-        if header is None:
+        """`filled` and `next_event` on the lane, while `quiet`, of what was read into `space`: True
+        for a CALL event, if a unary one is all that was read; False: nothing was decoded, use
+        `next_event`."""
+        space = self.space
+        size, kind, flags, method, call_id, remaining_ms = _UNPACK(space)
+        if size != count - HEADER_BYTES or kind != _CALL or flags or call_id != self._next_id:
+            self.filled(count)
             return False
-        _, _, _, self.method, call_id, self.remaining_ms = header
         self._call_id = call_id
         self._next_id = call_id + 1 if call_id < _U32 else 1
-        self.streaming = False
-        self.payload = decoder.payload
-        self.credit = self.peer_window_bytes
-        self._index = 0
+        self.method = method
+        self.remaining_ms = remaining_ms
+        self.payload = space[HEADER_BYTES:count]
         self.state = RUNNING
         return True
+
+    def find_lane(self) -> bool:
+        if not super().find_lane():
+            return False
+        self.streaming = False
+        self.credit = self.peer_window_bytes
+        self._index = 0
+        return True
+
+    def _leave_lane(self) -> None:
+        if self.quiet:
+            super()._leave_lane()
+            if self.state is RUNNING:
+                self.decoder.hold()  # as `_call` does
 
     def _credit(self, header: Header) -> None:
         if not self._concerns_running(header):
