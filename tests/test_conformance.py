@@ -303,12 +303,12 @@ def test_sigterm_cuts_an_endless_stream(peers: Peers) -> None:
 def test_sigterm_lets_a_short_stream_end(peers: Peers) -> None:
     """Row 32: whole, within the grace; what comes later is refused."""
     client = peers.start()
-    client.send(op="stream", count=40, size=100, rate=50.0, notice=1)
+    client.send(op="stream", count=25, size=100, rate=50.0, notice=1)
     assert client.receive() == {"at": 1}
     pid = peers.server_pid(client)
     os.kill(pid, signal.SIGTERM)
     answer = client.receive(EXIT_S)
-    assert (answer.get("ok"), answer["items"]) == (True, 40)
+    assert (answer.get("ok"), answer["items"]) == (True, 25)
     assert client.ask(op="echo", size=10)["status"] == "UNAVAILABLE"
     _check_left(peers, pid)
 
