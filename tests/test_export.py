@@ -143,6 +143,11 @@ def test_bare_programs_stand_alone(python: str, tmp_path: Path) -> None:
     rounds = re.findall(r"^\w+: \S+ -> \S+ ok, p50_ns=\d+ p99_ns=\d+ rounds=100$", out, re.M)
     assert len(rounds) == 4 * len(TRANSPORTS)
 
+    away("make", "clean", where=tmp_path)
+    written = json.loads((tmp_path / ".exported.json").read_text())["files"]
+    files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert files == {*written, ".exported.json"}
+
 
 @pytest.mark.parametrize("bare", [[], ["--bare"]], ids=["pair", "bare"])
 def test_one_language_alone(bare: list[str], python: str, tmp_path: Path) -> None:
