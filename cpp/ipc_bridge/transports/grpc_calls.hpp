@@ -153,14 +153,20 @@ struct Shared {
         }
     }
 
+    // May a handler run on a thread of gRPC? They are few: of those that may block, one may.
     bool take_inline() {
+        if (!service.blocks) {
+            return true;
+        }
         const std::lock_guard lock(mutex);
         return !std::exchange(inline_taken, true);
     }
 
     void give_inline() {
-        const std::lock_guard lock(mutex);
-        inline_taken = false;
+        if (service.blocks) {
+            const std::lock_guard lock(mutex);
+            inline_taken = false;
+        }
     }
 
     grpc::Status full() const {

@@ -1,11 +1,11 @@
 // The source of grpc_rpc.hpp.
 //
-// Which API, and why (gRPC 1.51): a client's thread that waits for its answer polls the socket
-// itself in the synchronous API; the callback API leaves that to threads of its own, which have to
-// wake it. For a server it is the other way round: in the callback API the thread that read a
-// request can answer it, and the next write of a stream needs no thread to be woken. Its threads
-// are few and must not be blocked, so that of all handlers only one at a time runs there; the
-// others have a thread.
+// Which API, and why (gRPC 1.51; figures stand in docs/grpc.md): a client's thread that waits for
+// its answer polls the socket itself in the synchronous API; the callback API leaves that to
+// threads of its own, which have to wake it. For a server it is the other way round: in the
+// callback API the thread that read a request can answer it, and the next write of a stream needs
+// no thread to be woken. Its threads are few and must not be blocked, so that of handlers that may
+// block only one at a time runs there; the others have a thread.
 #include <netdb.h>
 #include <netinet/in.h>
 #include <sys/socket.h>
