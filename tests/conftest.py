@@ -53,6 +53,13 @@ def runtime(nothing_left: None) -> Iterator[Path]:
     assert left == []
 
 
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Path]:
+    """A directory in which nothing may be left."""
+    yield tmp_path
+    assert [str(path) for path in tmp_path.rglob("*")] == []
+
+
 @pytest.fixture(params=TRANSPORTS)
 def transport(request: pytest.FixtureRequest) -> str:
     return str(request.param)

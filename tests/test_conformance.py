@@ -14,7 +14,7 @@ import pytest
 
 from ipc_bridge import Status
 from probe_support import Peers
-from processes import is_gone, memory_peak_bytes
+from processes import is_gone, memory_peak_bytes, stopped
 from support import EXIT_S, SANITIZED, SLOW, TRANSPORTS, wait_until
 
 MIB = 1 << 20
@@ -198,14 +198,10 @@ def test_a_deadline_while_sending(peers: Peers) -> None:
     client = peers.start()
     client.do(op="echo", size=10)
     pid = peers.server_pid(client)
-    os.kill(pid, signal.SIGSTOP)
-    try:
+    with contextlib.suppress(ProcessLookupError), stopped(pid):
         # (gRPC copies it first, and only then looks at the clock; its window for requests is less
         # than 1 MiB.)
         answer = client.ask(op="echo", size=(1 if peers.is_grpc else 64) * MIB, timeout=0.5)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGCONT)
     assert answer["status"] == "DEADLINE_EXCEEDED"
     assert 0.5 <= answer["elapsed_s"] < 0.5 + LATE_S
     if peers.is_grpc:  # which resets that call's stream alone

@@ -1,4 +1,5 @@
-"""gRPC beyond the conformance suite: strangers, keys, and what happens when a peer dies or stops.
+"""gRPC beyond the conformance suite: strangers, words, crowds; test_grpc_faults and test_grpc_keys
+have the rest.
 
 A stranger is a client of gRPC that knows nothing of this project: it learns the service by
 reflection. The rows are those of the table of cases; `LEFT_OUT` says which have no meaning here.
@@ -7,43 +8,21 @@ reflection. The rows are those of the table of cases; `LEFT_OUT` says which have
 import json
 import os
 import re
-import shutil
-import signal
 import socket
-import stat
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 import ipc_bridge
+from grpc_support import SEEN_S, address, of_clients, of_schemes, of_servers
 from ipc_bridge import Call, CallError, Service, Status, connect
-from peer_support import (
-    EXIT_STATUS,
-    NOBODY,
-    Served,
-    client,
-    ended,
-    kill,
-    peer,
-    run_client,
-    served,
-    start_server,
-)
-from processes import cpu_s, fds, stopped, threads
-from support import LANGUAGES, ROOT, SLOW, until
-
-SCHEMES = ("grpc+unix", "grpc+tcp")
-SEEN_S = 1.0 * SLOW
-UNAVAILABLE = EXIT_STATUS + Status.UNAVAILABLE
-EXISTS = EXIT_STATUS + Status.ALREADY_EXISTS
-REFUSED = EXIT_STATUS + Status.PERMISSION_DENIED
-USAGE = 2
+from peer_support import peer, served, serving_own
+from processes import fds, threads
+from support import ROOT, until
 
 LEFT_OUT = {  # rows that other transports must show
     3: "no ring",
@@ -57,32 +36,15 @@ LEFT_OUT = {  # rows that other transports must show
     31: "no stdio",
 }
 
-of_schemes = pytest.mark.parametrize("scheme", SCHEMES)
-of_servers = pytest.mark.parametrize("server", LANGUAGES)
-of_clients = pytest.mark.parametrize("caller", LANGUAGES)
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as another user")
-
-
-def address(scheme: str, directory: Path) -> str:
-    """A URL to serve at."""
-    return "grpc+tcp://127.0.0.1:0" if scheme == "grpc+tcp" else f"grpc+unix://{directory}/g"
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Iterator[Path]:
-    """A directory in which nothing may be left."""
-    yield tmp_path
-    assert [str(path) for path in tmp_path.rglob("*")] == []
-
 
 def test_each_row_is_shown_or_left_out() -> None:
-    """Every row of the table is shown here or by the conformance suite, or says why not."""
-    mine, all_transports = (
-        (ROOT / "tests" / name).read_text() for name in ("test_grpc.py", "test_conformance.py")
-    )
+    """Every row of the table is shown by these tests or the conformance suite, or says why not."""
+    mine = "".join(path.read_text() for path in (ROOT / "tests").glob("test_grpc*.py"))
+    names = ("test_conformance.py", "test_arrival.py")
+    others = "".join((ROOT / "tests" / name).read_text() for name in names)
     for row in range(1, 34):
         is_mine = re.search(rf"Row {row}\b", mine) is not None
-        assert is_mine or row in LEFT_OUT or re.search(rf"Row {row}\b", all_transports), row
+        assert is_mine or row in LEFT_OUT or re.search(rf"[Rr]ows? (\d+ and )?{row}\b", others), row
         assert not (is_mine and row in LEFT_OUT), row
 
 
@@ -202,11 +164,8 @@ NO_SPIN = "gRPC waits in threads of its own: wait can only be block"
 @pytest.mark.parametrize(
     ("url", "what"),
     [
-        ("grpc+unix:///x?wait=spin", "gRPC waits in threads of its own: wait can only be block"),
-        (
-            "grpc+tcp://h:1?wait=adaptive",
-            "gRPC waits in threads of its own: wait can only be block",
-        ),
+        ("grpc+unix:///x?wait=spin", NO_SPIN),
+        ("grpc+tcp://h:1?wait=adaptive", NO_SPIN),
         ("grpc+tcp://h", "grpc+tcp takes a host and a port"),
         ("grpc+unix://x", "grpc+unix takes an absolute path: grpc+unix:///path"),
         ("grpc+tcp://h:1?cert=/c", "cert and key go together"),
@@ -217,7 +176,7 @@ def test_wrong_urls(caller: str, url: str, what: str) -> None:
     words = [*peer(caller), "echo", url, "--payload", "x"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=20)
     where = "grpc+tcp://h:1" if "cert=" in url else url
-    assert (done.returncode, done.stdout) == (USAGE, "")
+    assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.splitlines()[0] == f"error: INVALID_ARGUMENT: {what}, {where}"
 
 
@@ -253,226 +212,6 @@ def test_generated_code_that_does_not_match_is_told_so() -> None:
     assert done.stderr == ""
     assert done.stdout.startswith("FAILED_PRECONDITION: generated code and installed libraries")
     assert done.stdout.count("\n") == 1
-
-
-# --- starting and ending ---
-
-
-@of_schemes
-@of_servers
-@of_clients
-def test_a_client_waits_for_its_server(scheme: str, caller: str, server: str, place: Path) -> None:
-    """Row 23: it is early, and connects once the server is there."""
-    peer(server)
-    url = free_port_url() if scheme == "grpc+tcp" else address(scheme, place)
-    with client(caller, "echo", url, "--payload", "early", "--timeout", "8") as process:
-        time.sleep(0.3)  # the case itself: nobody is there yet
-        assert process.poll() is None
-        with served(url, server):
-            assert ended(process) == 0
-
-
-@of_schemes
-@of_clients
-def test_without_a_server_a_client_gives_up(scheme: str, caller: str, place: Path) -> None:
-    """Row 23: at its deadline."""
-    url = free_port_url() if scheme == "grpc+tcp" else address(scheme, place)
-    began = time.monotonic()
-    assert run_client(caller, "echo", url, "--payload", "x", "--timeout", "0.3") == UNAVAILABLE
-    assert 0.3 <= time.monotonic() - began < 0.3 + 3.0 * SEEN_S
-
-
-def free_port_url() -> str:
-    """A URL where nobody listens."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return f"grpc+tcp://127.0.0.1:{probe.getsockname()[1]}"
-
-
-@of_servers
-@of_schemes
-@pytest.mark.parametrize("second", LANGUAGES)
-def test_a_second_server_is_told_so(scheme: str, server: str, second: str, place: Path) -> None:
-    """Row 20: and the first one serves on, also after the second has left."""
-    with served(address(scheme, place), server) as up:
-        before = sorted(os.listdir(place))
-        assert run_client(second, "serve", up.url) == EXISTS
-        assert sorted(os.listdir(place)) == before
-        with connect(up.url, timeout=5.0) as fresh:
-            assert bytes(fresh.echo(b"first", timeout=SEEN_S)) == b"first"
-
-
-@of_servers
-@pytest.mark.parametrize("successor", LANGUAGES)
-def test_a_stale_socket_is_reclaimed(server: str, successor: str, place: Path) -> None:
-    """Row 19."""
-    url = address("grpc+unix", place)
-    with served(url, server) as first:
-        kill(first.process)
-    assert {path.name for path in place.iterdir()} == {"g", "g.lock"}
-    with served(url, successor), connect(url, timeout=5.0) as bridge:
-        assert bytes(bridge.echo(b"second", timeout=SEEN_S)) == b"second"
-
-
-@of_servers
-@pytest.mark.parametrize("what", ["file", "link", "socket"])
-def test_a_squatted_name_is_left_alone(server: str, what: str, tmp_path: Path) -> None:
-    """Row 21: gRPC by itself would unlink a socket, also one that is in use."""
-    path = tmp_path / "g"
-    with socket.socket(socket.AF_UNIX) as other:
-        if what == "file":
-            path.write_text("not yours")
-        elif what == "link":
-            path.symlink_to(tmp_path / "elsewhere")
-        else:
-            other.bind(str(path))
-            other.listen(1)
-        before = path.lstat()
-        assert run_client(server, "serve", address("grpc+unix", tmp_path)) in (EXISTS, REFUSED)
-        assert path.lstat().st_ino == before.st_ino
-        assert os.listdir(tmp_path) == ["g"]
-
-
-@of_servers
-def test_the_socket_is_private(server: str, place: Path) -> None:
-    """Whatever the umask."""
-    before = os.umask(0)
-    try:
-        with served(address("grpc+unix", place), server):
-            modes = {stat.S_IMODE(path.stat().st_mode) for path in place.iterdir()}
-            assert modes == {0o600}
-    finally:
-        os.umask(before)
-
-
-@needs_root
-@of_servers
-@of_clients
-def test_another_user_is_refused_at_the_socket(caller: str, server: str) -> None:
-    """Row 22: by the socket's mode; and a client asks whose socket it is."""
-    place = Path("/tmp") / f"ipc-bridge-grpc-{os.getpid()}"
-    place.mkdir()
-    os.chmod(place, 0o777)
-    try:
-        url = f"grpc+unix://{place}/g"
-        with served(url, server):
-            words = ("echo", url, "--payload", "hello", "--timeout", "0.4")
-            assert run_client(caller, *words, nobody=True) == REFUSED
-        with served(url, server, nobody=True):
-            assert (place / "g").stat().st_uid == NOBODY
-            assert run_client(caller, "echo", url, "--payload", "secret") == REFUSED
-    finally:
-        shutil.rmtree(place)
-
-
-# --- death, silence, restart ---
-
-PACES = {
-    "slow": ("--count", "1000000000", "--size", "16", "--rate", "1"),
-    "fast": ("--count", "1000000000", "--size", "1024"),
-}
-
-
-@pytest.mark.parametrize("pace", PACES)
-@of_schemes
-@of_servers
-@of_clients
-def test_the_server_is_killed(
-    scheme: str, server: str, caller: str, pace: str, tmp_path: Path
-) -> None:
-    """Row 14: in mid-call and in mid-stream."""
-    with served(address(scheme, tmp_path), server) as up:
-        idle, before = cpu_s(up.pid), fds(up.pid)
-        with client(caller, "stream", up.url, *PACES[pace]) as process:
-            assert until(lambda: fds(up.pid) > before)
-            if pace == "fast":
-                assert until(lambda: cpu_s(up.pid) > idle + 0.05)
-            else:
-                assert until(lambda: rests(process.pid))
-            assert process.poll() is None
-            up.process.kill()
-            began = time.monotonic()
-            assert ended(process) == UNAVAILABLE
-            assert time.monotonic() - began < SEEN_S
-
-
-@of_schemes
-@of_servers
-@of_clients
-def test_the_client_is_killed_in_mid_stream(
-    scheme: str, server: str, caller: str, place: Path
-) -> None:
-    """Row 15: what it held is given back."""
-    with served(address(scheme, place), server) as up, connect(up.url) as control:
-        before = fds(up.pid)
-        used = cpu_s(up.pid)
-        with client(caller, "stream", up.url, *PACES["fast"]) as process:
-            assert until(lambda: cpu_s(up.pid) > used + 0.05)
-            process.kill()
-            assert until(lambda: fds(up.pid) <= before, SEEN_S)
-        assert until(lambda: rests(up.pid), 2 * SEEN_S), "the handler goes on"
-        assert bytes(control.echo(b"after", timeout=SEEN_S)) == b"after"
-
-
-def rests(pid: int) -> bool:
-    """Does it use no CPU to speak of?"""
-    before = cpu_s(pid)
-    time.sleep(0.2)
-    return cpu_s(pid) - before <= 0.02
-
-
-@of_schemes
-@of_servers
-def test_a_deadline_holds_against_a_stopped_server(scheme: str, server: str, place: Path) -> None:
-    """Row 17: and the next answer is not the one to the call before."""
-    with served(address(scheme, place), server) as up, connect(up.url) as bridge:
-        bridge.echo(b"warm")
-        with stopped(up.pid):
-            began = time.monotonic()
-            with pytest.raises(CallError) as caught:
-                bridge.echo(b"stopped", timeout=0.4)
-            assert 0.4 <= time.monotonic() - began < 0.4 + 0.3 * SEEN_S
-        assert caught.value.status == Status.DEADLINE_EXCEEDED
-        assert bytes(bridge.echo(b"next", timeout=5.0)) == b"next"
-
-
-@of_schemes
-@of_servers
-@of_clients
-def test_a_stopped_client_disturbs_nobody(
-    scheme: str, server: str, caller: str, place: Path
-) -> None:
-    """Row 17: the producer stops with it, and goes on with it."""
-    with served(address(scheme, place), server) as up, connect(up.url) as control:
-        used = cpu_s(up.pid)
-        with client(caller, "stream", up.url, "--count", "30000", "--size", "1024") as process:
-            assert until(lambda: cpu_s(up.pid) > used + 0.02)
-            with stopped(process.pid):
-                for _ in range(5):
-                    assert bytes(control.echo(b"during", timeout=2.0)) == b"during"
-                assert until(lambda: rests(up.pid)), "the server spins"
-            assert ended(process, 60.0) == 0
-
-
-@of_schemes
-@of_servers
-def test_a_restart_under_a_client(scheme: str, server: str, tmp_path: Path) -> None:
-    """Row 18: UNAVAILABLE, or gRPC has connected again; never another call's answer."""
-    with served(address(scheme, tmp_path), server) as first:
-        url = first.url
-        bridge = connect(url)
-        assert bytes(bridge.echo(b"first")) == b"first"
-        kill(first.process)
-    with bridge, served(url, server):
-        for number in range(5):
-            assert outcome(bridge, b"%d" % number) in (b"%d" % number, Status.UNAVAILABLE)
-
-
-def outcome(bridge: ipc_bridge.Bridge, payload: bytes) -> bytes | Status:
-    """What comes of an echo."""
-    try:
-        return bytes(bridge.echo(payload, timeout=5.0))
-    except CallError as error:
-        return error.status
 
 
 # --- a crowd ---
@@ -520,7 +259,7 @@ def test_handlers_that_block_do_not_starve_others(place: Path) -> None:
     service = Service()
     service.unary(7, wait)
     service.unary(8, lambda call, request: request)
-    with serving(f"grpc+unix://{place}/g", service) as url, ExitStack() as crowd:
+    with serving_own(f"grpc+unix://{place}/g", service) as url, ExitStack() as crowd:
         waiting = [crowd.enter_context(connect(url)) for _ in range(16)]
         calls = [threading.Thread(target=expire, args=(bridge,)) for bridge in waiting]
         for call in calls:
@@ -535,20 +274,6 @@ def expire(bridge: ipc_bridge.Bridge) -> None:
     """A call that lasts to its deadline."""
     with pytest.raises(CallError):
         bridge.call(7, b"", timeout=0.5)
-
-
-@contextmanager
-def serving(url: str, service: Service) -> Iterator[str]:
-    """A service of the test's own, in a thread of it."""
-    with ipc_bridge.serve(url, service, grace_s=0.1) as up:
-        thread = threading.Thread(target=up.run)
-        thread.start()
-        try:
-            yield up.url
-        finally:
-            up.stop()
-            thread.join(10.0)
-    assert not thread.is_alive()
 
 
 STUCK = """
@@ -601,137 +326,3 @@ def test_a_proxy_has_no_effect(server: str, caller: str, place: Path) -> None:
     with served(address("grpc+tcp", place), server) as up:
         words = [*peer(caller), "echo", up.url, "--payload", "x", "--timeout", "5"]
         assert subprocess.run(words, env=os.environ | proxies, timeout=20).returncode == 0
-
-
-# --- keys ---
-
-
-def openssl(*words: str) -> None:
-    subprocess.run(["openssl", *words], check=True, capture_output=True)
-
-
-@pytest.fixture(scope="module")
-def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CA, a server's and a client's keys, made as grpc_rpc's head says; and a stranger's CA."""
-    if shutil.which("openssl") is None:
-        pytest.skip("openssl is missing")
-    place = tmp_path_factory.mktemp("keys")
-    new = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes")
-    for ca in ("ca", "other"):
-        files = ("-keyout", f"{place}/{ca}.key", "-out", f"{place}/{ca}.pem")
-        openssl("req", "-x509", "-subj", f"/CN={ca}", *new, *files)
-    names = "subjectAltName=DNS:bridge.test,IP:127.0.0.1,IP:10.77.0.1"
-    for name, ca in (("server", "ca"), ("client", "ca"), ("stranger", "other")):
-        files = ("-keyout", f"{place}/{name}.key", "-out", f"{place}/{name}.csr")
-        openssl("req", "-subj", f"/CN={name}", "-addext", names, *new, *files)
-        signer = ("-CA", f"{place}/{ca}.pem", "-CAkey", f"{place}/{ca}.key")
-        files = ("-in", f"{place}/{name}.csr", "-out", f"{place}/{name}.pem")
-        openssl("x509", "-req", "-copy_extensions", "copy", *signer, *files)
-    return place
-
-
-def query(keys: Path, who: str, ca: str = "ca") -> str:
-    return f"?ca={keys}/{ca}.pem&cert={keys}/{who}.pem&key={keys}/{who}.key"
-
-
-@of_servers
-@of_clients
-def test_mutual_tls(server: str, caller: str, keys: Path) -> None:
-    """With keys both ways; without them, or with a stranger's, nobody gets in."""
-    with served_with_keys(server, f"grpc+tcp://127.0.0.1:0{query(keys, 'server')}") as up:
-        words = ("--payload", "hello", "--timeout")
-        assert run_client(caller, "echo", up.url + query(keys, "client"), *words, "5") == 0
-        more = ("stream", up.url + query(keys, "client"), "--count", "100", "--size", "5000")
-        assert run_client(caller, *more) == 0
-        named = query(keys, "client") + "&name=bridge.test"
-        assert run_client(caller, "echo", up.url + named, *words, "5") == 0
-        wrong = query(keys, "client") + "&name=elsewhere.test"
-        for other in ("", f"?ca={keys}/ca.pem", query(keys, "stranger"), wrong):
-            assert run_client(caller, "echo", up.url + other, *words, "0.6") == UNAVAILABLE, other
-
-
-@contextmanager
-def served_with_keys(server: str, url: str, prefix: tuple[str, ...] = ()) -> Iterator[Served]:
-    if not prefix:
-        with served(url, server) as up:
-            yield up
-        return
-    words = [*prefix, *peer(server), "serve", url]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            yield Served(process, process.stdout.readline().removeprefix("ready ").strip())
-        finally:
-            process.send_signal(signal.SIGTERM)
-            process.wait(10)
-
-
-@of_servers
-@pytest.mark.parametrize("host", ["0.0.0.0", "[::]"])
-def test_other_hosts_need_keys(server: str, host: str, keys: Path) -> None:
-    """A server takes no other host's calls unless it knows its clients, or is told to."""
-    url = f"grpc+tcp://{host}:0"
-    assert run_client(server, "serve", url) == REFUSED
-    assert run_client(server, "serve", f"{url}?cert={keys}/server.pem&key={keys}/server.key") == (
-        REFUSED
-    )
-    for allowed in ("?allow_remote=1", query(keys, "server")):
-        up = start_server(url + allowed, server)
-        up.process.terminate()
-        assert up.process.wait(10) == 0
-        kill(up.process)
-
-
-@of_servers
-def test_keys_that_are_of_no_use(server: str, keys: Path, tmp_path: Path) -> None:
-    url = "grpc+tcp://127.0.0.1:0"
-    missing = f"{url}?cert={tmp_path}/none.pem&key={tmp_path}/none.key"
-    assert run_client(server, "serve", missing) == EXIT_STATUS + Status.NOT_FOUND
-    (tmp_path / "bad.pem").write_text("no certificate")
-    bad = f"{url}?cert={tmp_path}/bad.pem&key={keys}/server.key"
-    assert run_client(server, "serve", bad) == EXIT_STATUS + Status.INVALID_ARGUMENT
-
-
-@needs_root
-@of_servers
-@of_clients
-def test_two_hosts(server: str, caller: str, keys: Path) -> None:
-    """In two network namespaces: with keys echo and stream pass across; without, nothing does."""
-    if shutil.which("ip") is None:
-        pytest.skip("iproute2 is missing")
-    names = [f"ipcb{os.getpid()}{side}" for side in "ab"]
-    enter = [("ip", "netns", "exec", name) for name in names]
-
-    def ip(*words: str) -> None:
-        subprocess.run(["ip", *words], check=True, capture_output=True)
-
-    try:
-        try:
-            for name in names:
-                ip("netns", "add", name)
-            ip("link", "add", "v0", "netns", names[0], "type", "veth",
-               "peer", "name", "v1", "netns", names[1])  # fmt: skip
-        except subprocess.CalledProcessError as error:
-            pytest.skip(f"no network namespaces here: {error.stderr.decode().strip()}")
-        for number, name in enumerate(names):
-            ip("-n", name, "addr", "add", f"10.77.0.{number + 1}/24", "dev", f"v{number}")
-            ip("-n", name, "link", "set", f"v{number}", "up")
-            ip("-n", name, "link", "set", "lo", "up")
-        url = f"grpc+tcp://10.77.0.1:5001{query(keys, 'server')}"
-        with served_with_keys(server, url, enter[0]) as up:
-
-            def call(*words: str) -> int:
-                done = subprocess.run(
-                    [*enter[1], *peer(caller), *words], capture_output=True, timeout=20
-                )
-                return done.returncode
-
-            ours = up.url + query(keys, "client")
-            assert call("echo", ours, "--payload", "across", "--timeout", "5") == 0
-            assert call("stream", ours, "--count", "200", "--size", "10000") == 0
-            for other in ("", query(keys, "stranger")):
-                words = ("echo", up.url + other, "--payload", "x", "--timeout", "0.6")
-                assert call(*words) == UNAVAILABLE
-    finally:
-        for name in names:
-            subprocess.run(["ip", "netns", "del", name], capture_output=True)

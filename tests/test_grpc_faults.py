@@ -1,0 +1,182 @@
+"""gRPC: who finds what at an address, and what happens when a peer dies, stops or restarts."""
+
+import os
+import socket
+import stat
+import time
+from pathlib import Path
+
+import pytest
+
+import ipc_bridge
+from grpc_support import (
+    EXISTS,
+    REFUSED,
+    SEEN_S,
+    UNAVAILABLE,
+    address,
+    of_clients,
+    of_schemes,
+    of_servers,
+)
+from ipc_bridge import CallError, Status, connect
+from peer_support import client, ended, kill, run_client, served
+from processes import cpu_s, fds, stopped
+from support import LANGUAGES, until
+
+# --- starting and ending ---
+
+
+@of_servers
+@of_schemes
+@pytest.mark.parametrize("second", LANGUAGES)
+def test_a_second_server_is_told_so(scheme: str, server: str, second: str, place: Path) -> None:
+    """Row 20: and the first one serves on, also after the second has left."""
+    with served(address(scheme, place), server) as up:
+        before = sorted(os.listdir(place))
+        assert run_client(second, "serve", up.url) == EXISTS
+        assert sorted(os.listdir(place)) == before
+        with connect(up.url, timeout=5.0) as fresh:
+            assert bytes(fresh.echo(b"first", timeout=SEEN_S)) == b"first"
+
+
+@of_servers
+@pytest.mark.parametrize("what", ["file", "link", "socket"])
+def test_a_squatted_name_is_left_alone(server: str, what: str, tmp_path: Path) -> None:
+    """Row 21: gRPC by itself would unlink a socket, also one that is in use."""
+    path = tmp_path / "g"
+    with socket.socket(socket.AF_UNIX) as other:
+        if what == "file":
+            path.write_text("not yours")
+        elif what == "link":
+            path.symlink_to(tmp_path / "elsewhere")
+        else:
+            other.bind(str(path))
+            other.listen(1)
+        before = path.lstat()
+        assert run_client(server, "serve", address("grpc+unix", tmp_path)) in (EXISTS, REFUSED)
+        assert path.lstat().st_ino == before.st_ino
+        assert os.listdir(tmp_path) == ["g"]
+
+
+@of_servers
+def test_the_socket_is_private(server: str, place: Path) -> None:
+    """Whatever the umask."""
+    before = os.umask(0)
+    try:
+        with served(address("grpc+unix", place), server):
+            modes = {stat.S_IMODE(path.stat().st_mode) for path in place.iterdir()}
+            assert modes == {0o600}
+    finally:
+        os.umask(before)
+
+
+# --- death, silence, restart ---
+
+PACES = {
+    "slow": ("--count", "1000000000", "--size", "16", "--rate", "1"),
+    "fast": ("--count", "1000000000", "--size", "1024"),
+}
+
+
+@pytest.mark.parametrize("pace", PACES)
+@of_schemes
+@of_servers
+@of_clients
+def test_the_server_is_killed(
+    scheme: str, server: str, caller: str, pace: str, tmp_path: Path
+) -> None:
+    """Row 14: in mid-call and in mid-stream."""
+    with served(address(scheme, tmp_path), server) as up:
+        idle, before = cpu_s(up.pid), fds(up.pid)
+        with client(caller, "stream", up.url, *PACES[pace]) as process:
+            assert until(lambda: fds(up.pid) > before)
+            if pace == "fast":
+                assert until(lambda: cpu_s(up.pid) > idle + 0.05)
+            else:
+                assert until(lambda: rests(process.pid))
+            assert process.poll() is None
+            up.process.kill()
+            began = time.monotonic()
+            assert ended(process) == UNAVAILABLE
+            assert time.monotonic() - began < SEEN_S
+
+
+@of_schemes
+@of_servers
+@of_clients
+def test_the_client_is_killed_in_mid_stream(
+    scheme: str, server: str, caller: str, place: Path
+) -> None:
+    """Row 15: what it held is given back."""
+    with served(address(scheme, place), server) as up, connect(up.url) as control:
+        before = fds(up.pid)
+        used = cpu_s(up.pid)
+        with client(caller, "stream", up.url, *PACES["fast"]) as process:
+            assert until(lambda: cpu_s(up.pid) > used + 0.05)
+            process.kill()
+            assert until(lambda: fds(up.pid) <= before, SEEN_S)
+        assert until(lambda: rests(up.pid), 2 * SEEN_S), "the handler goes on"
+        assert bytes(control.echo(b"after", timeout=SEEN_S)) == b"after"
+
+
+def rests(pid: int) -> bool:
+    """Does it use no CPU to speak of?"""
+    before = cpu_s(pid)
+    time.sleep(0.2)
+    return cpu_s(pid) - before <= 0.02
+
+
+@of_schemes
+@of_servers
+def test_a_deadline_holds_against_a_stopped_server(scheme: str, server: str, place: Path) -> None:
+    """Row 17: and the next answer is not the one to the call before."""
+    with served(address(scheme, place), server) as up, connect(up.url) as bridge:
+        bridge.echo(b"warm")
+        with stopped(up.pid):
+            began = time.monotonic()
+            with pytest.raises(CallError) as caught:
+                bridge.echo(b"stopped", timeout=0.4)
+            assert 0.4 <= time.monotonic() - began < 0.4 + 0.3 * SEEN_S
+        assert caught.value.status == Status.DEADLINE_EXCEEDED
+        assert bytes(bridge.echo(b"next", timeout=5.0)) == b"next"
+
+
+@of_schemes
+@of_servers
+@of_clients
+def test_a_stopped_client_disturbs_nobody(
+    scheme: str, server: str, caller: str, place: Path
+) -> None:
+    """Row 17: the producer stops with it, and goes on with it."""
+    with served(address(scheme, place), server) as up, connect(up.url) as control:
+        used = cpu_s(up.pid)
+        with client(caller, "stream", up.url, "--count", "30000", "--size", "1024") as process:
+            assert until(lambda: cpu_s(up.pid) > used + 0.02)
+            with stopped(process.pid):
+                for _ in range(5):
+                    assert bytes(control.echo(b"during", timeout=2.0)) == b"during"
+                assert until(lambda: rests(up.pid)), "the server spins"
+            assert ended(process, 60.0) == 0
+
+
+@of_schemes
+@of_servers
+def test_a_restart_under_a_client(scheme: str, server: str, tmp_path: Path) -> None:
+    """Row 18: UNAVAILABLE, or gRPC has connected again; never another call's answer."""
+    with served(address(scheme, tmp_path), server) as first:
+        url = first.url
+        bridge = connect(url)
+        assert bytes(bridge.echo(b"first")) == b"first"
+        kill(first.process)
+    with bridge, served(url, server):
+        for number in range(5):
+            assert outcome(bridge, b"%d" % number) in (b"%d" % number, Status.UNAVAILABLE)
+
+
+def outcome(bridge: ipc_bridge.Bridge, payload: bytes) -> bytes | Status:
+    """What comes of an echo."""
+    try:
+        return bytes(bridge.echo(payload, timeout=5.0))
+    except CallError as error:
+        return error.status
