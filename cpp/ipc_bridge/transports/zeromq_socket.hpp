@@ -46,6 +46,10 @@ inline bool is_readable(zmq::socket_t& socket) {
 
 // Send one message, of which `buffers` are the parts, behind what was sent with SNDMORE: the count
 // of bytes, or -1 and errno.
+//
+// Copied into the message, also large ones: by reference they would have to live until libzmq has
+// sent them, but a call whose deadline passes returns before. (It would save 8% of the time of an
+// echo of 1 MiB. Python's bytes live for as long as anybody wants them, and go by reference.)
 inline std::ptrdiff_t send(zmq::socket_t& socket, Buffers buffers) {
     std::ptrdiff_t size = 0;
     for (std::size_t i = 0; i < buffers.size(); ++i) {

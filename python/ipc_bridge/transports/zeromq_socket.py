@@ -27,7 +27,8 @@ def is_readable(sock: zmq.Socket[bytes]) -> bool:
 def send(sock: zmq.Socket[bytes], buffers: Sequence[Buffer]) -> int:
     """Send one message, of which `buffers` are the parts, behind what was sent with SNDMORE.
 
-    Large bytes go by reference, as nobody can change them; all else is copied into the message.
+    Large bytes go by reference, as nobody can change them, and they live as long as libzmq wants
+    them; all else is copied into the message, and in C++ everything.
     """
     size, left = 0, len(buffers)
     for part in buffers:
