@@ -123,6 +123,7 @@ MACHINE = {
     "governor": "performance",
     "quota_cores": None,
     "mitigations": {"spectre_v2": "Mitigation: <b>IBRS</b>"},
+    "priority": "nice 0",
 }
 
 

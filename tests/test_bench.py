@@ -1,8 +1,10 @@
 """`ipc-bridge bench`: the right cells, honest figures, a document that says it all, no trace."""
 
+import os
 import re
 import shlex
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -387,6 +389,23 @@ def test_the_environment_names_what_makes_figures_doubtful() -> None:
     for of_machine, of_noise, spread, text in doubts:
         (found,) = environment.warnings(of_machine, of_noise, spread)
         assert text in found
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [((), "nice 0"), (("nice", "-n", "3"), "nice 3"), (("chrt", "-f", "1"), "fifo 1")],
+)
+def test_the_priority_of_a_run_is_told(words: tuple[str, ...], told: str) -> None:
+    """A run at another priority than the last is no run of the same machine."""
+    if "chrt" in words and os.geteuid() != 0:
+        pytest.skip("a real-time priority is root's to give")
+    code = "from ipc_bridge.harness.environment import priority; print(priority())"
+    was = os.getpriority(os.PRIO_PROCESS, 0)
+    done = subprocess.run(
+        [*words, sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    kind, number = told.split()
+    assert done.stdout.strip() == (f"nice {int(number) + was}" if kind == "nice" else told)
 
 
 def test_the_use_of_the_machine_is_told_apart() -> None:

@@ -42,7 +42,10 @@ ROUNDS_TO_GATE = 10  # with fewer, small changes stay inconclusive
 LIMITS = {"p50": 0.05, "throughput": 0.05}  # the metrics that are judged: what they may lose
 METRICS = ("p50", "p90", "p99", "p99_9", "max", "throughput", "cpu")
 VERDICTS = ("regressed", "failed", "inconclusive", "passed", "improved")
-ALIKE = ("cpu", "architecture", "cores_allowed", "virtual", "governor", "quota_cores")
+ALIKE = (
+    *("cpu", "architecture", "cores_allowed", "virtual", "governor", "quota_cores"),
+    "priority",
+)
 
 
 class Judged(NamedTuple):

@@ -80,7 +80,18 @@ def machine() -> dict[str, Any]:
             path.name: read(path)
             for path in sorted(Path("/sys/devices/system/cpu/vulnerabilities").glob("*"))
         },
+        "priority": priority(),
     }
+
+
+def priority() -> str:
+    """Of this process over others, which the peers inherit: `nice 0` unless asked for more, or a
+    real-time policy of sched(7) and its priority."""
+    policy = os.sched_getscheduler(0) & ~os.SCHED_RESET_ON_FORK
+    name = {os.SCHED_FIFO: "fifo", os.SCHED_RR: "rr"}.get(policy)
+    if name:
+        return f"{name} {os.sched_getparam(0).sched_priority}"
+    return f"nice {os.getpriority(os.PRIO_PROCESS, 0)}"
 
 
 def software() -> dict[str, Any]:
