@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from ipc_bridge.console import report_error
 from ipc_bridge.errors import Error
 from ipc_bridge.harness import cli, results
 from ipc_bridge.harness.matrix import Cell, Floor
 from ipc_bridge.harness.results import Document
 from ipc_bridge.harness.runner import Measured, Plan, Round
-from ipc_bridge.peer import report_error
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT_S = 100.0
@@ -63,7 +63,7 @@ def call(*words: str) -> subprocess.CompletedProcess[str]:
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(errors),
         # An error goes to the descriptor, whole, and not by way of sys.stderr.
-        mock.patch("ipc_bridge.peer.write_all", lambda _, data, __: errors.write(data.decode())),
+        mock.patch("ipc_bridge.console.write_all", lambda _, data, __: errors.write(data.decode())),
         mock.patch.dict(os.environ, COLUMNS="120"),
     ):
         try:

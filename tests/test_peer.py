@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 
 import ipc_bridge
+from ipc_bridge import arguments
 from ipc_bridge import peer as twin
 from ipc_bridge.endpoint import SCHEMES
 from ipc_bridge.frame import PAYLOAD_BYTES_LIMIT, PAYLOAD_BYTES_MAX
@@ -192,11 +193,11 @@ def test_a_wrong_command_line(language: str, words: str, error: str) -> None:
 
 
 @each_language
-@pytest.mark.parametrize("command", twin.COMMANDS, ids=lambda command: command.name)
+@pytest.mark.parametrize("command", arguments.COMMANDS, ids=lambda command: command.name)
 def test_each_option_with_a_number_refuses_another_word(
-    language: str, command: twin.Command
+    language: str, command: arguments.Command
 ) -> None:
-    for option in command.options + twin.COMMON:
+    for option in command.options + arguments.COMMON:
         if option.value in WRONG:
             words = ["unix:///x", *REQUIRED[command.name], option.name, "abc"]
             line = f"error: INVALID_ARGUMENT: 'abc' is not {WRONG[option.value]}, {option.name}\n"
@@ -335,8 +336,8 @@ def test_an_unknown_method(language: str, served_url: str) -> None:
 # --- help ---
 
 
-@pytest.mark.parametrize("command", twin.COMMANDS, ids=lambda command: command.name)
-def test_the_help_of_a_command_is_the_same(command: twin.Command) -> None:
+@pytest.mark.parametrize("command", arguments.COMMANDS, ids=lambda command: command.name)
+def test_the_help_of_a_command_is_the_same(command: arguments.Command) -> None:
     texts = {}
     for language in LANGUAGES:
         code, out, err = run(language, command.name, "--help", env={"COLUMNS": "40"})
@@ -352,10 +353,15 @@ def test_the_help_of_a_command_is_the_same(command: twin.Command) -> None:
         assert f"{command.name} {command.usage}" in words
         assert command.text in words
         assert command.example in words
-        for name, value, sentence in (*command.options, *twin.COMMON, twin.HELP, twin.VERSION):
+        for name, value, sentence in (
+            *command.options,
+            *arguments.COMMON,
+            arguments.HELP,
+            arguments.VERSION,
+        ):
             assert f"{name} {value} {sentence}".replace("  ", " ") in words, language
     tails = {
-        text.partition("URL is one of")[2].replace("ipc-bridge-peer", twin.PROGRAM)
+        text.partition("URL is one of")[2].replace("ipc-bridge-peer", arguments.PROGRAM)
         for text in texts.values()
     }
     assert len(tails) == 1
@@ -363,7 +369,9 @@ def test_the_help_of_a_command_is_the_same(command: twin.Command) -> None:
 
 def test_the_overview_is_the_same() -> None:
     texts = [run(language, "--help") for language in LANGUAGES]
-    assert texts[0].out.decode().replace("ipc-bridge-peer", twin.PROGRAM) == texts[1].out.decode()
+    assert (
+        texts[0].out.decode().replace("ipc-bridge-peer", arguments.PROGRAM) == texts[1].out.decode()
+    )
     assert {text.code for text in texts} == {0}
     for scheme in SCHEMES:
         assert f"  {scheme}:" in texts[0].out.decode()
@@ -377,7 +385,7 @@ def test_the_version(language: str) -> None:
 
 
 def test_the_help_tells_the_defaults() -> None:
-    text = " ".join(option.text for option in (*twin.COMMON, *twin.SERVE))
+    text = " ".join(option.text for option in (*arguments.COMMON, *arguments.SERVE))
     assert f"(default {WINDOW_BYTES >> 20}MiB)" in text
     assert f"(default {PAYLOAD_BYTES_MAX >> 20}MiB)" in text
     assert f"(default {CLIENTS_MAX})" in text

@@ -16,6 +16,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from ipc_bridge.console import EXIT_INTERRUPTED, CommandLineError
 from ipc_bridge.endpoint import SCHEMES
 from ipc_bridge.harness import environment, table
 from ipc_bridge.harness.matrix import (
@@ -34,7 +35,6 @@ from ipc_bridge.harness.options import ROUNDS, Each, Number, Seconds, Size, Word
 from ipc_bridge.harness.programs import LANGUAGES
 from ipc_bridge.harness.results import SAMPLES, Document, SampleFile, document, save
 from ipc_bridge.harness.runner import Measured, Plan, Runner
-from ipc_bridge.peer import EXIT_INTERRUPTED, CommandLineError
 
 RESULTS_DIR = Path("results")
 EXIT_FAILED = 1  # a cell failed

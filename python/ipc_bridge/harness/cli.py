@@ -9,9 +9,9 @@ import sys
 from collections.abc import Sequence
 
 import ipc_bridge
+from ipc_bridge.console import CommandLineError, report_error
 from ipc_bridge.errors import Error, Status
 from ipc_bridge.harness import programs
-from ipc_bridge.peer import CommandLineError, report_error
 
 
 def lacking(error: ModuleNotFoundError) -> Error:

@@ -24,6 +24,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ipc_bridge.console import EXIT_INTERRUPTED, CommandLineError
 from ipc_bridge.errors import Error, Status
 from ipc_bridge.harness.bench import RESULTS_DIR, measure, now
 from ipc_bridge.harness.options import RESULTS, Seconds
@@ -31,7 +32,6 @@ from ipc_bridge.harness.results import Document, load, newest
 from ipc_bridge.harness.runner import Plan
 from ipc_bridge.harness.statistics import Shift, above_test, holm, shift
 from ipc_bridge.harness.table import Entry, cell_of
-from ipc_bridge.peer import EXIT_INTERRUPTED, CommandLineError
 
 EXIT_REGRESSED = 1
 EXIT_INCONCLUSIVE = 3

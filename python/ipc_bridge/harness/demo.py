@@ -18,6 +18,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ipc_bridge.arguments import url_form
+from ipc_bridge.console import CommandLineError
 from ipc_bridge.endpoint import SCHEMES
 from ipc_bridge.harness.programs import (
     LANGUAGES,
@@ -31,7 +33,6 @@ from ipc_bridge.harness.programs import (
     run,
     served_peer,
 )
-from ipc_bridge.peer import CommandLineError, url_form
 
 DURATION_S = 0.4  # of a measurement: enough for two digits, and twelve of them in a demo
 DURATION_S_MIN = 0.001

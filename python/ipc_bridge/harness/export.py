@@ -27,10 +27,10 @@ from pathlib import Path
 import click
 
 import ipc_bridge
+from ipc_bridge.console import CommandLineError
 from ipc_bridge.errors import Error, Status
 from ipc_bridge.harness import parts
 from ipc_bridge.harness.parts import NANOBIND, PACKAGE, PROTO, SOURCES, SUFFIX, TREE, Transport
-from ipc_bridge.peer import CommandLineError
 
 PROJECT = Path(__file__).resolve().parent / "project"
 SERVICE = "thermostat"

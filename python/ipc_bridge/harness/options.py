@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ipc_bridge.peer import SIZE, UNITS
+from ipc_bridge.arguments import SIZE, UNITS
 
 
 class Words(click.ParamType[Any]):

@@ -22,6 +22,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ipc_bridge.arguments import SIZE, UNITS
 from ipc_bridge.harness.programs import (
     LANGUAGES,
     Parser,
@@ -36,7 +37,6 @@ from ipc_bridge.harness.programs import (
     served_peer,
 )
 from ipc_bridge.harness.runner import address_of
-from ipc_bridge.peer import SIZE, UNITS
 
 MECHANISMS = (
     *("unix", "tcp", "pipe"),

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import IO, NamedTuple, NoReturn
 from urllib.parse import quote
 
+from ipc_bridge.console import EXIT_INTERRUPTED, CommandLineError, report_error
 from ipc_bridge.errors import Error, Status
-from ipc_bridge.peer import EXIT_INTERRUPTED, CommandLineError, report_error
 
 ROOT = Path(__file__).resolve().parents[3]
 LANGUAGES = {"cpp": "C++", "py": "Python"}

@@ -18,6 +18,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ipc_bridge.console import CommandLineError
 from ipc_bridge.endpoint import SCHEMES
 from ipc_bridge.errors import Error, Status
 from ipc_bridge.harness.bench import choose
@@ -31,7 +32,6 @@ from ipc_bridge.harness.matrix import (
 from ipc_bridge.harness.options import ROUNDS, Each, Number, Seconds, Size, Words
 from ipc_bridge.harness.programs import PAIRINGS
 from ipc_bridge.harness.runner import Plan, Runner
-from ipc_bridge.peer import CommandLineError
 
 RATE_FIRST_HZ = 400.0
 RATE_MIN_HZ = 100.0  # below it, enough calls for a p99 would take seconds each time
