@@ -4,15 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from ipc_bridge import Status
-from peer_support import EXIT_STATUS
 from support import LANGUAGES, SANITIZED
 
 SCHEMES = ("grpc+unix", "grpc+tcp")
 SEEN_S = 5.0 if SANITIZED else 1.0
-UNAVAILABLE = EXIT_STATUS + Status.UNAVAILABLE
-EXISTS = EXIT_STATUS + Status.ALREADY_EXISTS
-REFUSED = EXIT_STATUS + Status.PERMISSION_DENIED
 
 of_schemes = pytest.mark.parametrize("scheme", SCHEMES)
 of_servers = pytest.mark.parametrize("server", LANGUAGES)

@@ -22,7 +22,6 @@ from support import ANSWER_S, BUILD, EXIT_S, READY_S, SLOW
 Environment = Mapping[str, str]
 GONE_S = 2.0 * SLOW  # within which an interrupted program must have left
 TIMEOUT_S = 20.0 * SLOW  # for a program that should have ended long ago
-EXIT_STATUS = 10  # plus the status
 NOBODY = 65534
 
 PEER = BUILD / "ipc-bridge-peer"

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable
+from enum import IntEnum
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,6 +26,25 @@ ANSWER_S = 60.0 * SLOW  # far above what any command takes
 EXIT_S = 3.0 * SLOW  # the grace, and then some
 LOOK_S = 0.005  # between two looks at a condition
 MIB = 1 << 20
+
+
+class Exit(IntEnum):
+    """What a peer, or a tool of the harness, leaves with: 10 + the status, apart from three."""
+
+    OK = 0
+    USAGE = 2
+    INVALID_ARGUMENT = 13
+    DEADLINE_EXCEEDED = 14
+    NOT_FOUND = 15
+    ALREADY_EXISTS = 16
+    PERMISSION_DENIED = 17
+    RESOURCE_EXHAUSTED = 18
+    FAILED_PRECONDITION = 19
+    INTERNAL = 23
+    UNAVAILABLE = 24
+    DATA_LOSS = 25
+    UNAUTHENTICATED = 26
+    INTERRUPTED = 130
 
 
 def listen_url(transport: str, directory: Path) -> str:

@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 
 from hosts import SEEN_S, Host, needs_root, of_clients, of_servers
-from ipc_bridge import Status, connect
+from ipc_bridge import connect
 from peer_support import (
-    EXIT_STATUS,
     NOBODY,
     client,
     ended,
@@ -23,11 +22,7 @@ from peer_support import (
     run_client,
     served,
 )
-from support import LANGUAGES, SLOW, TRANSPORTS, free_port_url, listen_url
-
-EXISTS = EXIT_STATUS + Status.ALREADY_EXISTS
-REFUSED = EXIT_STATUS + Status.PERMISSION_DENIED
-UNAVAILABLE = EXIT_STATUS + Status.UNAVAILABLE
+from support import LANGUAGES, SLOW, TRANSPORTS, Exit, free_port_url, listen_url
 
 WITH_SOCKETS = ["unix", "shm", "sysv-queue", "sysv-shm", "zmq+ipc"]
 WITH_FILES = ["pipe", *WITH_SOCKETS, "grpc+unix"]
@@ -70,7 +65,7 @@ def test_a_second_server_is_told_so(host: Host, second: str) -> None:
     assert run_client(second, "--version") == 0
     starts_s = time.monotonic() - began  # on a busy machine a program takes long to start
     began = time.monotonic()
-    assert run_client(second, "serve", host.url) == EXISTS
+    assert run_client(second, "serve", host.url) == Exit.ALREADY_EXISTS
     assert time.monotonic() - began < 2 * starts_s + SEEN_S
     with connect(host.url, timeout=1.0) as fresh:
         assert bytes(fresh.echo(b"first", timeout=1.0)) == b"first"
@@ -170,7 +165,10 @@ def test_a_squatted_name_is_refused_and_left_alone(
         pytest.skip("only root can give things away")
     squat(tmp_path / name, what)
     before = snapshot(tmp_path)
-    assert run_client(server, "serve", listen_url(scheme, tmp_path)) in (EXISTS, REFUSED)
+    assert run_client(server, "serve", listen_url(scheme, tmp_path)) in (
+        Exit.ALREADY_EXISTS,
+        Exit.PERMISSION_DENIED,
+    )
     assert snapshot(tmp_path) == before
 
 
@@ -191,7 +189,7 @@ def test_another_user_is_refused(scheme: str, caller: str, server: str, public_p
     """(tcp cannot tell who comes: a socket of the loopback device has no owner.)"""
     with served(listen_url(scheme, public_place), server) as up, connect(up.url) as control:
         words = ("echo", up.url, "--payload", "hello", "--timeout", "0.4")
-        assert run_client(caller, *words, nobody=True) == REFUSED
+        assert run_client(caller, *words, nobody=True) == Exit.PERMISSION_DENIED
         assert bytes(control.echo(b"hello", timeout=1.0)) == b"hello"
 
 
@@ -206,7 +204,7 @@ def test_another_user_is_refused_at_an_open_door(
     with served(listen_url(scheme, public_place), server) as up, connect(up.url) as control:
         os.chmod(listen_url(scheme, public_place).partition("://")[2], 0o666)
         words = ("echo", up.url, "--payload", "hello", "--timeout", "0.4")
-        assert run_client(caller, *words, nobody=True) in (REFUSED, UNAVAILABLE)
+        assert run_client(caller, *words, nobody=True) in (Exit.PERMISSION_DENIED, Exit.UNAVAILABLE)
         assert bytes(control.echo(b"hello", timeout=1.0)) == b"hello"
 
 
@@ -218,7 +216,7 @@ def test_a_client_does_not_talk_to_another_users_server(
     scheme: str, caller: str, server: str, public_place: Path
 ) -> None:
     with served(listen_url(scheme, public_place), server, nobody=True) as up:
-        assert run_client(caller, "echo", up.url, "--payload", "secret") == REFUSED
+        assert run_client(caller, "echo", up.url, "--payload", "secret") == Exit.PERMISSION_DENIED
 
 
 # --- row 23: the client is early ---
@@ -244,5 +242,5 @@ def test_a_client_waits_for_its_server(
 def test_without_a_server_a_client_gives_up(scheme: str, caller: str, runtime: Path) -> None:
     url = free_port_url(scheme) if scheme.endswith("tcp") else listen_url(scheme, runtime)
     began = time.monotonic()
-    assert run_client(caller, "echo", url, "--payload", "x", "--timeout", "0.3") == UNAVAILABLE
+    assert run_client(caller, "echo", url, "--payload", "x", "--timeout", "0.3") == Exit.UNAVAILABLE
     assert 0.3 <= time.monotonic() - began < 0.3 + 3.0 * SLOW  # a program takes a while to start

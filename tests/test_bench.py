@@ -34,6 +34,7 @@ from ipc_bridge.harness.programs import PAIRINGS, Served
 from ipc_bridge.harness.runner import Plan, Runner
 from ipc_bridge.harness.statistics import Figure
 from peer_support import served
+from support import Exit
 
 UNIX = Cell("unix", "cpp", "cpp", "echo", 64, "block", "same-core")
 OWN_SERVER = f"{shlex.quote(sys.executable)} {ROOT / 'tests' / 'own_server.py'}"
@@ -308,7 +309,7 @@ def test_an_interrupt_keeps_what_was_measured(number: signal.Signals, tmp_path: 
             _, errors = process.communicate(timeout=60)
         finally:
             process.kill()
-    assert (process.returncode, errors) == (130, "")
+    assert (process.returncode, errors) == (Exit.INTERRUPTED, "")
     found = results.load(out)
     assert found["interrupted"]
     assert found["rounds"] < 1000

@@ -14,7 +14,6 @@ import pytest
 from hosts import ENDLESS, SEEN_S, Host, of_clients, of_servers, over_transports
 from ipc_bridge import CallError, Status, connect
 from peer_support import (
-    EXIT_STATUS,
     client,
     ended,
     kill,
@@ -32,10 +31,7 @@ from processes import (
     stopped,
     threads,
 )
-from support import FRAMED, listen_url, until
-
-DEADLINE_EXCEEDED = EXIT_STATUS + Status.DEADLINE_EXCEEDED
-UNAVAILABLE = EXIT_STATUS + Status.UNAVAILABLE
+from support import FRAMED, Exit, listen_url, until
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -72,7 +68,7 @@ def test_the_server_is_killed(
         assert process.poll() is None
         os.kill(pid, signal.SIGKILL)
         began = time.monotonic()
-        assert ended(process) == UNAVAILABLE
+        assert ended(process) == Exit.UNAVAILABLE
         assert time.monotonic() - began < SEEN_S
 
 
@@ -217,7 +213,7 @@ def test_a_stopped_server_is_not_waited_for(host: Host, caller: str) -> None:
         assert run_client(caller, "--version") == 0
         starts_s = time.monotonic() - began  # on a busy machine a program takes long to start
         began = time.monotonic()
-        assert run_client(caller, *words, "0.4") == UNAVAILABLE
+        assert run_client(caller, *words, "0.4") == Exit.UNAVAILABLE
         assert time.monotonic() - began < 2 * starts_s + 0.4 + 1.0
     assert run_client(caller, *words, "2") == 0
 
@@ -230,7 +226,7 @@ def test_a_server_that_stops_in_mid_stream(host: Host, caller: str) -> None:
         assert until(lambda: fds(host.pid) > before)
         with stopped(host.pid):
             began = time.monotonic()
-            assert ended(process) in (DEADLINE_EXCEEDED, UNAVAILABLE)
+            assert ended(process) in (Exit.DEADLINE_EXCEEDED, Exit.UNAVAILABLE)
             assert time.monotonic() - began < 0.5 + 0.5
 
 

@@ -13,6 +13,7 @@ import pytest
 from ipc_bridge.endpoint import SCHEMES
 from ipc_bridge.harness import demo
 from ipc_bridge.harness.programs import SHORT
+from support import Exit
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / os.environ.get("IPC_BRIDGE_BUILD_DIR", "build")
@@ -147,7 +148,7 @@ def test_an_interrupt_ends_all(transport: str, number: signal.Signals, tmp_path:
         finally:
             process.kill()
 
-    assert process.returncode == 130
+    assert process.returncode == Exit.INTERRUPTED
     assert errors == "error: CANCELLED: interrupted\n"
     assert os.listdir(tmp_path) == []
     assert running_with(str(tmp_path)) == []

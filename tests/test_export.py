@@ -226,7 +226,8 @@ def test_only_what_a_transport_needs(tmp_path: Path) -> None:
 
     package = {path.stem for path in tmp_path.glob("python/ipc_bridge/**/*.py")} - {"__init__"}
     headers = {path.stem for path in tmp_path.glob("cpp/ipc_bridge/**/*.hpp")}
-    core = {"client", "endpoint", "errors", "frame", "packed", "server", "session", "system"}
+    core = {"client", "connection", "endpoint", "errors", "frame", "handlers", "packed"}
+    core |= {"server", "session", "system"}
     assert package == headers == {*core, "stream_socket", "unix_address"}
     assert "protobuf" not in text_of(tmp_path)
     assert "google" not in text_of(tmp_path)

@@ -10,10 +10,7 @@ import pytest
 
 import ipc_bridge
 from grpc_support import (
-    EXISTS,
-    REFUSED,
     SEEN_S,
-    UNAVAILABLE,
     address,
     of_clients,
     of_schemes,
@@ -22,7 +19,7 @@ from grpc_support import (
 from ipc_bridge import CallError, Status, connect
 from peer_support import client, ended, kill, run_client, served
 from processes import cpu_s, fds, stopped
-from support import LANGUAGES, until
+from support import LANGUAGES, Exit, until
 
 # --- starting and ending ---
 
@@ -34,7 +31,7 @@ def test_a_second_server_is_told_so(scheme: str, server: str, second: str, place
     """Row 20: and the first one serves on, also after the second has left."""
     with served(address(scheme, place), server) as up:
         before = sorted(os.listdir(place))
-        assert run_client(second, "serve", up.url) == EXISTS
+        assert run_client(second, "serve", up.url) == Exit.ALREADY_EXISTS
         assert sorted(os.listdir(place)) == before
         with connect(up.url, timeout=5.0) as fresh:
             assert bytes(fresh.echo(b"first", timeout=SEEN_S)) == b"first"
@@ -54,7 +51,10 @@ def test_a_squatted_name_is_left_alone(server: str, what: str, tmp_path: Path) -
             other.bind(str(path))
             other.listen(1)
         before = path.lstat()
-        assert run_client(server, "serve", address("grpc+unix", tmp_path)) in (EXISTS, REFUSED)
+        assert run_client(server, "serve", address("grpc+unix", tmp_path)) in (
+            Exit.ALREADY_EXISTS,
+            Exit.PERMISSION_DENIED,
+        )
         assert path.lstat().st_ino == before.st_ino
         assert os.listdir(tmp_path) == ["g"]
 
@@ -98,7 +98,7 @@ def test_the_server_is_killed(
             assert process.poll() is None
             up.process.kill()
             began = time.monotonic()
-            assert ended(process) == UNAVAILABLE
+            assert ended(process) == Exit.UNAVAILABLE
             assert time.monotonic() - began < SEEN_S
 
 

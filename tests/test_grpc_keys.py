@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from grpc_support import REFUSED, UNAVAILABLE, of_clients, of_servers
+from grpc_support import of_clients, of_servers
 from hosts import needs_root
-from ipc_bridge import Status
-from peer_support import EXIT_STATUS, Served, kill, peer, run_client, served, start_server
+from peer_support import Served, kill, peer, run_client, served, start_server
+from support import Exit
 
 
 def openssl(*words: str) -> None:
@@ -57,7 +57,9 @@ def test_mutual_tls(server: str, caller: str, keys: Path) -> None:
         assert run_client(caller, "echo", up.url + named, *words, "5") == 0
         wrong = query(keys, "client") + "&name=elsewhere.test"
         for other in ("", f"?ca={keys}/ca.pem", query(keys, "stranger"), wrong):
-            assert run_client(caller, "echo", up.url + other, *words, "0.6") == UNAVAILABLE, other
+            assert run_client(caller, "echo", up.url + other, *words, "0.6") == Exit.UNAVAILABLE, (
+                other
+            )
 
 
 @contextmanager
@@ -81,9 +83,9 @@ def served_with_keys(server: str, url: str, prefix: tuple[str, ...] = ()) -> Ite
 def test_other_hosts_need_keys(server: str, host: str, keys: Path) -> None:
     """A server takes no other host's calls unless it knows its clients, or is told to."""
     url = f"grpc+tcp://{host}:0"
-    assert run_client(server, "serve", url) == REFUSED
+    assert run_client(server, "serve", url) == Exit.PERMISSION_DENIED
     assert run_client(server, "serve", f"{url}?cert={keys}/server.pem&key={keys}/server.key") == (
-        REFUSED
+        Exit.PERMISSION_DENIED
     )
     for allowed in ("?allow_remote=1", query(keys, "server")):
         up = start_server(url + allowed, server)
@@ -96,10 +98,10 @@ def test_other_hosts_need_keys(server: str, host: str, keys: Path) -> None:
 def test_keys_that_are_of_no_use(server: str, keys: Path, tmp_path: Path) -> None:
     url = "grpc+tcp://127.0.0.1:0"
     missing = f"{url}?cert={tmp_path}/none.pem&key={tmp_path}/none.key"
-    assert run_client(server, "serve", missing) == EXIT_STATUS + Status.NOT_FOUND
+    assert run_client(server, "serve", missing) == Exit.NOT_FOUND
     (tmp_path / "bad.pem").write_text("no certificate")
     bad = f"{url}?cert={tmp_path}/bad.pem&key={keys}/server.key"
-    assert run_client(server, "serve", bad) == EXIT_STATUS + Status.INVALID_ARGUMENT
+    assert run_client(server, "serve", bad) == Exit.INVALID_ARGUMENT
 
 
 @needs_root
@@ -141,7 +143,7 @@ def test_two_hosts(server: str, caller: str, keys: Path) -> None:
             assert call("stream", ours, "--count", "200", "--size", "10000") == 0
             for other in ("", query(keys, "stranger")):
                 words = ("echo", up.url + other, "--payload", "x", "--timeout", "0.6")
-                assert call(*words) == UNAVAILABLE
+                assert call(*words) == Exit.UNAVAILABLE
     finally:
         for name in names:
             subprocess.run(["ip", "netns", "del", name], capture_output=True)

@@ -14,7 +14,6 @@ from hosts import SEEN_S, Host, of_clients, of_servers
 from ipc_bridge import Status, transport
 from ipc_bridge.service import Pattern
 from peer_support import (
-    EXIT_STATUS,
     client,
     ended,
     peer,
@@ -43,14 +42,7 @@ from raw import (
     item,
     stream_call,
 )
-from support import FRAMED, MIB, listen_url, until
-
-DATA_LOSS = EXIT_STATUS + Status.DATA_LOSS
-DEADLINE_EXCEEDED = EXIT_STATUS + Status.DEADLINE_EXCEEDED
-EXHAUSTED = EXIT_STATUS + Status.RESOURCE_EXHAUSTED
-INTERNAL = EXIT_STATUS + Status.INTERNAL
-NOT_FOUND = EXIT_STATUS + Status.NOT_FOUND
-UNAVAILABLE = EXIT_STATUS + Status.UNAVAILABLE
+from support import FRAMED, MIB, Exit, listen_url, until
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -223,39 +215,43 @@ class Script(NamedTuple):
 RIGHT_ITEMS = b"".join(item(1, index, bytes(Pattern(8).item(index))) for index in (0, 1))
 WRONG_ITEMS = item(1, 0, b"????????") + item(1, 1, b"????????")
 SCRIPTS = {
-    "garbage": Script(INTERNAL, random.Random(8).randbytes(256)),
-    "http": Script(INTERNAL, b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n"),
-    "magic": Script(INTERNAL, hello(magic=b"BCPI")),
-    "version": Script(INTERNAL, hello(version=2)),
-    "no-hello": Script(UNAVAILABLE, timeout="0.4"),
-    "early-close": Script(UNAVAILABLE, hangs_up=True, timeout="0.4"),
-    "hello-then-close": Script(UNAVAILABLE, hello(), hangs_up=True),
-    "half-a-hello": Script(UNAVAILABLE, hello()[:20], hangs_up=True),
-    "hello-twice": Script(INTERNAL, hello() + hello()),
-    "kind-9": Script(INTERNAL, hello(), header(9)),
-    "call": Script(INTERNAL, hello(), call(1)),
-    "credit": Script(INTERNAL, hello(), header(CREDIT_KIND, call_id=1, value=1)),
-    "end-of-an-unknown-call": Script(INTERNAL, hello(), end(7)),
-    "end-of-the-session-with-ok": Script(INTERNAL, hello(), end(0)),
-    "end-with-status-17": Script(INTERNAL, hello(), end(1, 17, b"what?")),
-    "message-not-utf-8": Script(INTERNAL, hello(), end(1, 3, b"\xff\xfe")),
-    "message-too-long": Script(INTERNAL, hello(), end(1, 3, b"x" * 1025)),
-    "reply-of-4-GiB": Script(INTERNAL, hello(), header(END_KIND, 0xFFFFFFFF, call_id=1)),
-    "item-to-echo": Script(INTERNAL, hello(), item(1, 0, b"x")),
-    "refusal": Script(EXHAUSTED, end(0, Status.RESOURCE_EXHAUSTED, b"full")),
-    "refusal-after-hello": Script(EXHAUSTED, hello(), end(0, Status.RESOURCE_EXHAUSTED, b"full")),
-    "goodbye": Script(UNAVAILABLE, hello() + header(GOODBYE_KIND), hangs_up=True),
-    "reply-cut-short": Script(
-        UNAVAILABLE, hello(), header(END_KIND, 5, call_id=1) + b"he", hangs_up=True
+    "garbage": Script(Exit.INTERNAL, random.Random(8).randbytes(256)),
+    "http": Script(Exit.INTERNAL, b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n"),
+    "magic": Script(Exit.INTERNAL, hello(magic=b"BCPI")),
+    "version": Script(Exit.INTERNAL, hello(version=2)),
+    "no-hello": Script(Exit.UNAVAILABLE, timeout="0.4"),
+    "early-close": Script(Exit.UNAVAILABLE, hangs_up=True, timeout="0.4"),
+    "hello-then-close": Script(Exit.UNAVAILABLE, hello(), hangs_up=True),
+    "half-a-hello": Script(Exit.UNAVAILABLE, hello()[:20], hangs_up=True),
+    "hello-twice": Script(Exit.INTERNAL, hello() + hello()),
+    "kind-9": Script(Exit.INTERNAL, hello(), header(9)),
+    "call": Script(Exit.INTERNAL, hello(), call(1)),
+    "credit": Script(Exit.INTERNAL, hello(), header(CREDIT_KIND, call_id=1, value=1)),
+    "end-of-an-unknown-call": Script(Exit.INTERNAL, hello(), end(7)),
+    "end-of-the-session-with-ok": Script(Exit.INTERNAL, hello(), end(0)),
+    "end-with-status-17": Script(Exit.INTERNAL, hello(), end(1, 17, b"what?")),
+    "message-not-utf-8": Script(Exit.INTERNAL, hello(), end(1, 3, b"\xff\xfe")),
+    "message-too-long": Script(Exit.INTERNAL, hello(), end(1, 3, b"x" * 1025)),
+    "reply-of-4-GiB": Script(Exit.INTERNAL, hello(), header(END_KIND, 0xFFFFFFFF, call_id=1)),
+    "item-to-echo": Script(Exit.INTERNAL, hello(), item(1, 0, b"x")),
+    "refusal": Script(Exit.RESOURCE_EXHAUSTED, end(0, Status.RESOURCE_EXHAUSTED, b"full")),
+    "refusal-after-hello": Script(
+        Exit.RESOURCE_EXHAUSTED, hello(), end(0, Status.RESOURCE_EXHAUSTED, b"full")
     ),
-    "wrong-reply": Script(DATA_LOSS, hello(), end(1, 0, b"jello")),
-    "item-of-a-later-call": Script(INTERNAL, hello(), item(2, 0, b""), command="stream"),
-    "item-out-of-order": Script(INTERNAL, hello(), item(1, 1, b""), command="stream"),
-    "items-without-credit": Script(INTERNAL, hello(), RIGHT_ITEMS, command="overrun"),
-    "stream-end-with-payload": Script(INTERNAL, hello(), end(1, 0, b"x"), command="stream"),
-    "stream-cut-short": Script(UNAVAILABLE, hello(), RIGHT_ITEMS, hangs_up=True, command="stream"),
-    "wrong-items": Script(DATA_LOSS, hello(), WRONG_ITEMS, command="stream"),
-    "too-few-items": Script(DATA_LOSS, hello(), RIGHT_ITEMS + end(1), command="stream"),
+    "goodbye": Script(Exit.UNAVAILABLE, hello() + header(GOODBYE_KIND), hangs_up=True),
+    "reply-cut-short": Script(
+        Exit.UNAVAILABLE, hello(), header(END_KIND, 5, call_id=1) + b"he", hangs_up=True
+    ),
+    "wrong-reply": Script(Exit.DATA_LOSS, hello(), end(1, 0, b"jello")),
+    "item-of-a-later-call": Script(Exit.INTERNAL, hello(), item(2, 0, b""), command="stream"),
+    "item-out-of-order": Script(Exit.INTERNAL, hello(), item(1, 1, b""), command="stream"),
+    "items-without-credit": Script(Exit.INTERNAL, hello(), RIGHT_ITEMS, command="overrun"),
+    "stream-end-with-payload": Script(Exit.INTERNAL, hello(), end(1, 0, b"x"), command="stream"),
+    "stream-cut-short": Script(
+        Exit.UNAVAILABLE, hello(), RIGHT_ITEMS, hangs_up=True, command="stream"
+    ),
+    "wrong-items": Script(Exit.DATA_LOSS, hello(), WRONG_ITEMS, command="stream"),
+    "too-few-items": Script(Exit.DATA_LOSS, hello(), RIGHT_ITEMS + end(1), command="stream"),
 }
 EVERYWHERE = (
     "garbage",
@@ -308,10 +304,10 @@ def test_a_server_that_breaks_the_rules(scheme: str, name: str, caller: str, run
 @pytest.mark.parametrize(
     ("url", "code"),
     [
-        ("stdio:/bin/cat", INTERNAL),  # which says what we said
-        ("stdio:/bin/true", UNAVAILABLE),
-        ("stdio:/bin/echo hello, I am no server of yours", INTERNAL),
-        ("stdio:/nonexistent/server", NOT_FOUND),
+        ("stdio:/bin/cat", Exit.INTERNAL),  # which says what we said
+        ("stdio:/bin/true", Exit.UNAVAILABLE),
+        ("stdio:/bin/echo hello, I am no server of yours", Exit.INTERNAL),
+        ("stdio:/nonexistent/server", Exit.NOT_FOUND),
     ],
     ids=["cat", "true", "echo", "nothing"],
 )

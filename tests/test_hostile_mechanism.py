@@ -31,10 +31,10 @@ from ipc_bridge.transports import shm_ring, sysv_shm
 from ipc_bridge.transports.meeting import Meeting, MeetingListener, Record
 from ipc_bridge.transports.stream_socket import SocketStream
 from ipc_bridge.transports.sysv_objects import KEY_MARK
-from peer_support import EXIT_STATUS, NOBODY, TIMEOUT_S, client, run_client, served
+from peer_support import NOBODY, TIMEOUT_S, client, run_client, served
 from processes import fds, sysv_objects
 from raw import stream_call
-from support import LANGUAGES, SLOW, listen_url, until
+from support import LANGUAGES, SLOW, Exit, listen_url, until
 
 SEEN_S = 1.0 * SLOW
 GIVE_UP_S = "5"  # of a client that waits in vain, which is a failure
@@ -237,7 +237,7 @@ def test_a_server_that_breaks_the_mechanism(case: Case, language: str, runtime: 
         client(language, "echo", url, *words) as it,
     ):
         out, errors = it.communicate(timeout=TIMEOUT_S)
-    assert (it.returncode, out) == (EXIT_STATUS + Status.INTERNAL, "")
+    assert (it.returncode, out) == (Exit.INTERNAL, "")
     assert re.fullmatch(rf"error: INTERNAL: protocol error: [^\n]+, {url}\n", errors), errors
 
 
@@ -270,7 +270,7 @@ def test_a_server_that_has_consumed_what_was_never_written(
             shared[0:8] = u64(head)
         out, errors = it.communicate(timeout=TIMEOUT_S)
         os.close(made[0])
-    assert (it.returncode, out) == (EXIT_STATUS + Status.INTERNAL, "")
+    assert (it.returncode, out) == (Exit.INTERNAL, "")
     assert "the peer has consumed what was never written" in errors
     big.unlink()
 
@@ -282,7 +282,7 @@ def test_a_server_whose_objects_are_not_here(scheme: str, language: str, runtime
     body = struct.pack(f"<{1 + len(shape)}I", KEY, *shape)
     with serving(scheme, runtime, text(body)) as url:
         code = run_client(language, "echo", url, "--payload", "hello", "--timeout", GIVE_UP_S)
-    assert code == EXIT_STATUS + Status.UNAVAILABLE
+    assert code == Exit.UNAVAILABLE
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
@@ -303,7 +303,7 @@ def test_a_semaphore_of_somebody_else(number: int, language: str, runtime: Path)
 
     with serving("sysv-shm", runtime, answer) as url:
         code = run_client(language, "echo", url, "--payload", "hello", "--timeout", GIVE_UP_S)
-    assert code == EXIT_STATUS + Status.PERMISSION_DENIED
+    assert code == Exit.PERMISSION_DENIED
 
 
 # --- clients, against a server in each language ---

@@ -29,7 +29,7 @@ from ipc_bridge.server import CLIENTS_MAX, GRACE_S
 from ipc_bridge.service import ECHO, STREAM, Pattern, make_service
 from ipc_bridge.session import WINDOW_BYTES
 from peer_support import GONE_S, Outcome, files, peer, run, served, serving_own, started
-from support import EXIT_S, LANGUAGES, READY_S, SLOW, wait_until
+from support import EXIT_S, LANGUAGES, READY_S, SLOW, Exit, wait_until
 
 OWN_UNARY, OWN_STREAM = 7, 8  # methods of the tests' own service
 REQUIRED = {  # the least that a command needs
@@ -852,7 +852,7 @@ def test_a_second_signal_leaves_at_once(language: str, url: str, runtime: Path) 
         server.process.send_signal(signal.SIGTERM)
         wait_until(lambda: files(runtime) == [], EXIT_S, "the first signal stops the listening")
         server.process.send_signal(signal.SIGTERM)
-        assert server.process.wait(GONE_S) == 130
+        assert server.process.wait(GONE_S) == Exit.INTERRUPTED
 
 
 @each_language
@@ -883,7 +883,11 @@ def test_ctrl_c_ends_a_blocked_client(language: str, words: str, url: str) -> No
             process.send_signal(signal.SIGINT)
             out, err = process.communicate(timeout=GONE_S)
         release.set()
-    assert (process.returncode, out, err) == (130, b"", b"error: CANCELLED: interrupted\n")
+    assert (process.returncode, out, err) == (
+        Exit.INTERRUPTED,
+        b"",
+        b"error: CANCELLED: interrupted\n",
+    )
 
 
 @each_language

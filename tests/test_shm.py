@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ipc_bridge import Status
-from peer_support import EXIT_STATUS, TIMEOUT_S, served
+from peer_support import TIMEOUT_S, served
+from support import Exit
 
 HIDDEN = """
 import sys
@@ -44,7 +44,7 @@ def run_without(error: str, *words: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_shm_without_its_module_says_so(command: str, error: str, runtime: Path) -> None:
     done = run_without(error, command, f"shm://{runtime}/s", *COMMANDS[command])
-    assert (done.returncode, done.stdout) == (EXIT_STATUS + Status.FAILED_PRECONDITION, "")
+    assert (done.returncode, done.stdout) == (Exit.FAILED_PRECONDITION, "")
     line = r"error: FAILED_PRECONDITION: shm needs ipc_bridge\._native \(.+\): run `make build`.*\n"
     assert re.fullmatch(line, done.stderr), done.stderr
 

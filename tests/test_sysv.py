@@ -20,7 +20,7 @@ from ipc_bridge import CallError, Error, Status, connect
 from ipc_bridge.transports import sysv_watcher
 from peer_support import kill, peer, run_client, served
 from processes import enter_private_ipc, sysv_objects
-from support import LANGUAGES, SLOW, listen_url, until
+from support import LANGUAGES, SLOW, Exit, listen_url, until
 
 SCHEMES = ("sysv-queue", "sysv-shm")
 SEEN_S = 1.0 * SLOW
@@ -87,7 +87,7 @@ def test_ipcrm_of_live_objects(scheme: str, server: str, caller: str, tmp_path: 
             remove(mine[index])
             _, errors = process.communicate(timeout=10)
             assert time.monotonic() - began < SEEN_S
-            assert process.returncode == 10 + Status.UNAVAILABLE, errors
+            assert process.returncode == Exit.UNAVAILABLE, errors
         with connect(up.url, timeout=2.0) as bridge:
             assert bytes(bridge.echo(b"next", timeout=2.0)) == b"next"
 

@@ -80,18 +80,15 @@ from ipc_bridge.harness.curve_keys import make_keys  # noqa: E402
 from peer_support import NOBODY, client, ended, peer, run_client, served  # noqa: E402
 from probe_support import Server  # noqa: E402
 from processes import fds, rss_bytes, sleeps, status_field, stopped  # noqa: E402
-from support import LANGUAGES, MIB, SANITIZED, until  # noqa: E402
+from support import LANGUAGES, MIB, SANITIZED, Exit, until  # noqa: E402
 
 SCHEMES = ("zmq+ipc", "zmq+tcp")
 of_servers = pytest.mark.parametrize("server", LANGUAGES)
 of_clients = pytest.mark.parametrize("caller", LANGUAGES)
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as another user")
 over_both = pytest.mark.parametrize("scheme", SCHEMES)
-REFUSED = 10 + Status.PERMISSION_DENIED
-UNAVAILABLE = 10 + Status.UNAVAILABLE
-UNAUTHENTICATED = 10 + Status.UNAUTHENTICATED
 # Without keys on one end: who of the two hangs up first decides whether the client hears why.
-NO_HANDSHAKE = (UNAUTHENTICATED, UNAVAILABLE)
+NO_HANDSHAKE = (Exit.UNAUTHENTICATED, Exit.UNAVAILABLE)
 
 
 def address(scheme: str, directory: Path) -> str:
@@ -225,13 +222,16 @@ def test_another_user_is_refused(caller: str, server: str) -> None:
         url = f"zmq+ipc://{place}/z"
         words = ("echo", url, "--payload", "hello", "--timeout", "0.4")
         with served(url, server), connect(url) as control:
-            assert run_client(caller, *words, nobody=True) == REFUSED
+            assert run_client(caller, *words, nobody=True) == Exit.PERMISSION_DENIED
             os.chmod(place / "z", 0o666)
-            assert run_client(caller, *words, nobody=True) in (REFUSED, UNAVAILABLE)
+            assert run_client(caller, *words, nobody=True) in (
+                Exit.PERMISSION_DENIED,
+                Exit.UNAVAILABLE,
+            )
             assert bytes(control.echo(b"hello", timeout=1.0)) == b"hello"
         with served(url, server, nobody=True):
             assert (place / "z").stat().st_uid == NOBODY
-            assert run_client(caller, "echo", url, "--payload", "secret") == REFUSED
+            assert run_client(caller, "echo", url, "--payload", "secret") == Exit.PERMISSION_DENIED
     finally:
         shutil.rmtree(place)
 
@@ -259,7 +259,7 @@ def test_ctrl_c_ends_a_blocked_client(caller: str, tmp_path: Path) -> None:
         with client(caller, "stream", up.url, *slow) as process:
             assert until(lambda: sleeps(process.pid))
             process.send_signal(signal.SIGINT)
-            assert ended(process, 2.0) == 130
+            assert ended(process, 2.0) == Exit.INTERRUPTED
 
 
 def test_a_python_client_is_interrupted(tmp_path: Path) -> None:
@@ -315,7 +315,7 @@ def test_the_command_makes_private_keys_once(tmp_path: Path) -> None:
     assert [Path(path).name for path in paths] == ["server.keys", "client.keys"]
     assert {stat.S_IMODE(os.stat(path).st_mode) for path in paths} == {0o600}
     again = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert again.returncode == 10 + Status.ALREADY_EXISTS
+    assert again.returncode == Exit.ALREADY_EXISTS
     assert again.stderr.startswith("error: ALREADY_EXISTS: ")
 
 
@@ -343,11 +343,11 @@ def test_keys(scheme: str, caller: str, server: str, tmp_path: Path) -> None:
     with served(url, server) as up:
         assert code(up.url, f"{tmp_path}/a/client.keys") == 0
         assert code(up.url, "", "0.5") in NO_HANDSHAKE
-        assert code(up.url, str(mixed)) == UNAUTHENTICATED
-        assert code(up.url, f"{tmp_path}/b/client.keys", "0.3") == UNAVAILABLE
-        assert code(up.url, f"{tmp_path}/a/server.keys") == 10 + Status.INVALID_ARGUMENT
-        assert code(up.url, f"{tmp_path}/none.keys") == 10 + Status.NOT_FOUND
-        assert code(up.url, str(open_to_all)) == REFUSED
+        assert code(up.url, str(mixed)) == Exit.UNAUTHENTICATED
+        assert code(up.url, f"{tmp_path}/b/client.keys", "0.3") == Exit.UNAVAILABLE
+        assert code(up.url, f"{tmp_path}/a/server.keys") == Exit.INVALID_ARGUMENT
+        assert code(up.url, f"{tmp_path}/none.keys") == Exit.NOT_FOUND
+        assert code(up.url, str(open_to_all)) == Exit.PERMISSION_DENIED
         assert code(up.url, f"{tmp_path}/a/client.keys") == 0
     with served(address(scheme, tmp_path), server) as up:
         assert code(up.url, f"{tmp_path}/a/client.keys", "0.5") in NO_HANDSHAKE
@@ -355,7 +355,7 @@ def test_keys(scheme: str, caller: str, server: str, tmp_path: Path) -> None:
 
 @of_servers
 def test_beyond_loopback_it_takes_keys(server: str) -> None:
-    assert run_client(server, "serve", "zmq+tcp://0.0.0.0:0") == REFUSED
+    assert run_client(server, "serve", "zmq+tcp://0.0.0.0:0") == Exit.PERMISSION_DENIED
 
 
 # --- two hosts ---
