@@ -67,10 +67,12 @@ def ping(words: rounds.Words) -> None:
 def stream(words: rounds.Words) -> None:
     fillings = b"\x55" * words.size, b"\xaa" * words.size
     warm_up = words.count // 10
-    request = StreamRequest(count=warm_up + words.count, size=words.size)
+    # It is left: else the server might have done all before us.
+    request = StreamRequest(count=1 << 60, size=words.size)
+    items = connect(words).Stream(request)
     start = perf_counter_ns()
     try:
-        for at, item in enumerate(connect(words).Stream(request)):
+        for at, item in zip(range(warm_up + words.count), items, strict=False):
             if at == warm_up:
                 start = perf_counter_ns()
             if item.payload != fillings[at % 2]:
@@ -78,6 +80,7 @@ def stream(words: rounds.Words) -> None:
     except grpc.RpcError as error:
         rounds.fail("stream", str(error.details()))
     took = perf_counter_ns() - start
+    items.cancel()
     rounds.say(f"items_per_second={words.count * 1_000_000_000 // took}")
 
 
