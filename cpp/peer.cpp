@@ -4,6 +4,7 @@
 // Here is what each command does; what it may be told stands in `arguments`.
 #include <pthread.h>
 #include <signal.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -111,6 +112,10 @@ class ReadyFile {
             return;
         }
         const std::string path = arguments.text("--ready-file");
+        struct stat there {};
+        if (::lstat(path.c_str(), &there) == 0 && !S_ISREG(there.st_mode)) {  // /dev/null, perhaps
+            throw Error(Status::ALREADY_EXISTS, "not a file of ours to replace", path);
+        }
         const std::string temporary = path + "." + to_string(::getpid());
         try {
             write_all(create(temporary, path).get(), bytes_of(url + "\n"), path);

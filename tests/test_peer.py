@@ -226,6 +226,11 @@ def test_each_option_with_a_number_refuses_another_word(
             "NOT_FOUND: open: No such file or directory, {dir}/no/r",
         ),
         (
+            "serve unix://{dir}/s --ready-file {dir}",
+            16,
+            "ALREADY_EXISTS: not a file of ours to replace, {dir}",
+        ),
+        (
             "echo unix://{dir}/s --payload x --timeout 0.1",
             24,
             "UNAVAILABLE: no server, unix://{dir}/s",

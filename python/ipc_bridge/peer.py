@@ -8,6 +8,7 @@ import contextlib
 import logging
 import os
 import signal
+import stat
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -217,6 +218,9 @@ def ready_file(arguments: Arguments, url: str) -> Iterator[None]:
         yield
         return
     path = arguments.text("--ready-file")
+    with contextlib.suppress(OSError):
+        if not stat.S_ISREG(os.lstat(path).st_mode):  # /dev/null, perhaps
+            raise Error(Status.ALREADY_EXISTS, "not a file of ours to replace", path)
     temporary = f"{path}.{os.getpid()}"
     try:
         fd = create(temporary, path)
