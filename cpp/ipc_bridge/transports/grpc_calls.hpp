@@ -33,6 +33,8 @@ namespace ipc_bridge::grpc_rpc {
 // Items made before gRPC takes them: enough that it never waits for a fast producer. One that had
 // to wait goes on at half of it: to be woken for each item costs more than the item.
 inline constexpr std::size_t queue_bytes_max = 128U << 10;
+// For so long gRPC's own threads make items before they write them.
+inline constexpr std::int64_t make_ns_max = 50'000;
 // What an item costs there beside its payload.
 inline constexpr std::size_t item_extra_bytes = 64;
 
@@ -270,7 +272,9 @@ class Unary : public grpc::ServerUnaryReactor {
     std::string* reply_;
 };
 
-// A streaming call: a thread makes the items, gRPC's threads write them.
+// A streaming call. Its items wait in a queue, from which gRPC's threads write them, one at a time.
+// They make them, too, once the queue is empty, if no handler blocks; else, or from a pause on, a
+// thread of the call's own does.
 class Streaming : public grpc::ServerWriteReactor<StreamItem> {
   public:
     Streaming(
@@ -279,15 +283,17 @@ class Streaming : public grpc::ServerWriteReactor<StreamItem> {
         std::uint32_t method,
         std::string request
     )
-        : shared_(shared), call_(context), method_(method), request_(std::move(request)) {
+        : shared_(shared),
+          call_(context),
+          method_(method),
+          request_(std::move(request)),
+          has_thread_(shared.service.blocks) {
         if (!shared_.enter(call_)) {
             Finish(shared_.full());
-            return;
-        }
-        try {
-            std::thread([this] { run(); }).detach();
-        } catch (const std::system_error&) {
-            end(status_of(Status::RESOURCE_EXHAUSTED, "the server has no further thread"));
+        } else if (has_thread_) {
+            start_thread();
+        } else {
+            make_and_write();
         }
     }
 
@@ -300,26 +306,25 @@ class Streaming : public grpc::ServerWriteReactor<StreamItem> {
             const std::lock_guard lock(call_.mutex);
             const bool was_full = !has_room(queue_bytes_max / 2);
             queued_bytes_ -= cost(queue_.front());
+            spare_ = std::move(queue_.front());
             queue_.pop_front();
             if (!ok) {
                 queue_.clear();
                 queued_bytes_ = 0;
             }
-            writing_ = !queue_.empty();
-            if (writing_) {
-                grpc::WriteOptions options;
-                if (queue_.size() > 1) {  // gRPC may keep it for the next: many leave at once
-                    options.set_buffer_hint();
-                }
-                StartWrite(&queue_.front(), options);
-            }
-            is_over = !writing_ && ended_;
+            writing_ = false;
             if (was_full && has_room(queue_bytes_max / 2)) {
                 call_.changed.notify_all();
             }
+            if (write() || (has_thread_ && !ended_)) {
+                return;
+            }
+            is_over = ended_;
         }
         if (is_over) {
             Finish(status_);
+        } else {
+            make_and_write();
         }
     }
 
@@ -334,17 +339,84 @@ class Streaming : public grpc::ServerWriteReactor<StreamItem> {
 
     bool has_room(std::size_t bytes_max) const { return queued_bytes_ < bytes_max; }
 
-    void run() {
-        end(guarded(call_, [this] {
+    // Write the first of the queue, with the mutex held; false: there is none.
+    bool write() {
+        if (!writing_ && !queue_.empty()) {
+            writing_ = true;
+            grpc::WriteOptions options;
+            if (queue_.size() > 1) {  // gRPC may keep it for the next: many leave at once
+                options.set_buffer_hint();
+            }
+            StartWrite(&queue_.front(), options);
+        }
+        return writing_;
+    }
+
+    // The next of the handler; nothing at its end, also if that comes from outside.
+    std::optional<Item> make() {
+        if (!producer_) {
             shared_.check_request(request_.size());
             const auto number = static_cast<std::uint16_t>(std::min(method_, 0xFFFFU));
-            const Producer producer =
-                shared_.service.find_streaming(number)(call_, bytes_of(request_));
-            while (call_.reason() == Status::OK) {
-                const std::optional<Item> item = producer();
-                if (!item) {
-                    break;
+            producer_ = shared_.service.find_streaming(number)(call_, bytes_of(request_));
+        }
+        return call_.reason() == Status::OK ? producer_() : std::nullopt;
+    }
+
+    void queue(Bytes bytes) {
+        Shared::check_size(call_, bytes.size());
+        StreamItem& item = queue_.emplace_back(std::move(spare_));
+        item.set_payload(bytes.data(), bytes.size());
+        queued_bytes_ += cost(item);
+    }
+
+    // --- in gRPC's threads, while nothing is being written ---
+
+    void make_and_write() {
+        std::optional<Pause> pause;
+        bool is_over = false;
+        const grpc::Status status = guarded(call_, [&] {
+            const std::int64_t until_ns = now_ns() + make_ns_max;
+            do {
+                const std::optional<Item> item = make();
+                is_over = !item;
+                if (is_over) {
+                    return;
                 }
+                if (const auto* found = std::get_if<Pause>(&*item)) {
+                    pause = *found;
+                    return;
+                }
+                queue(std::get<Payload>(*item).bytes());
+            } while (has_room(queue_bytes_max) && now_ns() < until_ns);
+        });
+        if (is_over || !status.ok()) {
+            end(status);
+            return;
+        }
+        {
+            const std::lock_guard lock(call_.mutex);
+            has_thread_ = pause.has_value();
+            write();
+        }
+        if (pause) {
+            start_thread(pause->until_ns);
+        }
+    }
+
+    // --- in a thread of its own ---
+
+    void start_thread(std::int64_t begin_ns = 0) {
+        try {
+            std::thread([this, begin_ns] { run(begin_ns); }).detach();
+        } catch (const std::system_error&) {
+            end(status_of(Status::RESOURCE_EXHAUSTED, "the server has no further thread"));
+        }
+    }
+
+    void run(std::int64_t begin_ns) {
+        end(guarded(call_, [&] {
+            call_.sleep_until(begin_ns);
+            while (const std::optional<Item> item = make()) {
                 if (const auto* pause = std::get_if<Pause>(&*item)) {
                     call_.sleep_until(pause->until_ns);
                 } else {
@@ -356,23 +428,19 @@ class Streaming : public grpc::ServerWriteReactor<StreamItem> {
 
     // Queue an item, once there is room.
     void put(Bytes bytes) {
-        Shared::check_size(call_, bytes.size());
         std::unique_lock lock(call_.mutex);
         if (!has_room(queue_bytes_max)) {
             call_.wait(lock, call_.deadline_ns, [this] { return has_room(queue_bytes_max / 2); });
         }
-        if (call_.reason() != Status::OK) {
-            return;
-        }
-        StreamItem& item = queue_.emplace_back();
-        item.set_payload(bytes.data(), bytes.size());
-        queued_bytes_ += cost(item);
-        if (!std::exchange(writing_, true)) {
-            StartWrite(&item);
+        if (call_.reason() == Status::OK) {
+            queue(bytes);
+            write();
         }
     }
 
-    // The last that is done here: OnDone may come at once.
+    // --- both ---
+
+    // The last that is done there: OnDone may come at once.
     void end(const grpc::Status& status) {
         shared_.leave(call_);
         bool is_over = false;
@@ -380,7 +448,7 @@ class Streaming : public grpc::ServerWriteReactor<StreamItem> {
             const std::lock_guard lock(call_.mutex);
             ended_ = true;
             status_ = status;
-            is_over = !writing_;
+            is_over = !write();
         }
         if (is_over) {
             Finish(status);
@@ -391,7 +459,10 @@ class Streaming : public grpc::ServerWriteReactor<StreamItem> {
     RpcCall call_;
     std::uint32_t method_;
     std::string request_;
+    Producer producer_;
+    bool has_thread_;
     std::deque<StreamItem> queue_;  // the first is being written
+    StreamItem spare_;              // the last that was: a large buffer costs more than its bytes
     std::size_t queued_bytes_ = 0;
     bool writing_ = false;
     bool ended_ = false;  // the handler is done; Finish with status_ after the queue
