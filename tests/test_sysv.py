@@ -9,17 +9,20 @@ import shutil
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import sysv_ipc
 
+from hosts import needs_root
 from ipc_bridge import CallError, Error, Status, connect
 from ipc_bridge.transports import sysv_watcher
-from peer_support import kill, peer, run_client, served
-from processes import enter_private_ipc, sysv_objects
+from peer_support import client, kill, peer, run_client, served
+from processes import cpu_s, enter_private_ipc, sleeps, sysv_objects, threads
 from support import LANGUAGES, SLOW, Exit, listen_url, until
 
 SCHEMES = ("sysv-queue", "sysv-shm")
@@ -64,6 +67,66 @@ def test_an_event_of_a_closed_descriptor_ends_nobody_else() -> None:
         theirs.close()
         assert until(lambda: witness.told, SEEN_S)
         sysv_watcher.unwatch(witness)
+
+
+def test_without_a_thread_for_the_watcher_a_client_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Row 25: a typed error, which the server tells its client; and it goes on."""
+
+    def none(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", none)
+            with pytest.raises(Error, match="RESOURCE_EXHAUSTED: no further thread"):
+                sysv_watcher.watch(Witness(ours))
+        witness = Witness(ours)
+        sysv_watcher.watch(witness)
+        sysv_watcher.unwatch(witness)
+
+
+@needs_root
+@over_schemes
+@of_servers
+def test_objects_that_are_closed_to_their_owner(scheme: str, server: str, tmp_path: Path) -> None:
+    """Row 24: a peer of the same user takes all rights from them. The server neither spins nor
+    sleeps for ever, and nothing stays once that client has gone."""
+    place = Path("/tmp") / f"ipc-bridge-{scheme}-{os.getpid()}"
+    place.mkdir()
+    os.chmod(place, 0o777)
+    try:
+        url = f"{scheme}://{place}/s"
+        words = ("stream", url, "--count", "1000", "--size", "10", "--rate", "2")
+        with served(url, server, nobody=True) as up:
+            quiet, before = threads(up.pid), sysv_objects()
+            with client("cpp", *words, nobody=True) as process:
+                assert until(lambda: len(sysv_objects() - before) >= 2, SEEN_S)
+                assert until(lambda: sleeps(process.pid), SEEN_S)
+                for one in sysv_objects() - before:
+                    close_to_all(one)
+                used = cpu_s(up.pid)
+                kill(process)
+                assert until(lambda: sysv_objects() <= before, 2 * SEEN_S), "objects stay"
+                assert until(lambda: threads(up.pid) <= quiet, SEEN_S), "the thread stays"
+                assert cpu_s(up.pid) - used < 0.3 * SLOW
+            assert run_client("cpp", "echo", url, "--payload", "x", nobody=True) == 0
+    finally:
+        shutil.rmtree(place)
+
+
+def close_to_all(one: str) -> None:
+    """Set the mode of a System V object to 0."""
+    kind, key, _ = one.split()
+    made = {
+        "msg": sysv_ipc.MessageQueue,
+        "sem": sysv_ipc.Semaphore,
+        "shm": sysv_ipc.SharedMemory,
+    }[kind]
+    if int(key, 0):  # 0: a segment that is marked for removal has no key any more
+        made(int(key, 0)).mode = 0
 
 
 @over_schemes

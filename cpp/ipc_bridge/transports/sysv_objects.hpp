@@ -134,9 +134,10 @@ inline void remove_objects(std::uint32_t key) {
     }
 }
 
-// Has somebody removed the object? (Which of the two it is, is a matter of the moment.)
+// Has somebody removed the object? (Which of the first two it is, is a matter of the moment.) Or
+// closed it to us, by its mode? Nothing more will come then.
 inline bool is_removed(int number) {
-    return number == EIDRM || number == EINVAL;
+    return number == EIDRM || number == EINVAL || number == EACCES;
 }
 
 // What a client is told when something cannot be made.

@@ -89,7 +89,7 @@ class QueueStream : public sysv::SysvStream {
     }
 
     QueueStream(
-        Fd life_line,
+        Fd&& life_line,
         const std::vector<sysv::Object>& objects,
         const Shape& shape,
         Wait wait,
@@ -102,7 +102,7 @@ class QueueStream : public sysv::SysvStream {
           taken_(shape.chunk_bytes),
           sent_(shape.chunk_bytes) {
         sent_.set_type(data);
-        begin();
+        begin(life_line);
     }
     ~QueueStream() override { QueueStream::close(); }
 
@@ -174,7 +174,10 @@ class QueueStream : public sysv::SysvStream {
             long type;
             char none;
         } message{wake_type, 0};
-        ::msgsnd(in_.id, &message, 0, IPC_NOWAIT);  // a full queue wakes, too
+        // A full queue wakes, too; and one that is closed to us does by its end.
+        if (::msgsnd(in_.id, &message, 0, IPC_NOWAIT) < 0 && errno == EACCES) {
+            in_.remove();
+        }
     }
 
     void take_rest() override {

@@ -139,7 +139,7 @@ class ShmStream : public sysv::SysvStream {
     }
 
     ShmStream(
-        Fd life_line,
+        Fd&& life_line,
         const std::vector<sysv::Object>& objects,
         const Shape& /*shape*/,
         Wait wait,
@@ -158,7 +158,7 @@ class ShmStream : public sysv::SysvStream {
         if (!journal) {
             segment_.remove();  // both are attached: it goes with the last of them
         }
-        begin();
+        begin(life_line);
     }
     ~ShmStream() override { ShmStream::close(); }
 
@@ -227,7 +227,9 @@ class ShmStream : public sysv::SysvStream {
 
     void wake() override {
         ++false_;
-        operate(in_.full.id, 1, IPC_NOWAIT);
+        if (operate(in_.full.id, 1, IPC_NOWAIT) == EACCES) {  // closed to us: its end wakes, too
+            in_.full.remove();
+        }
     }
 
     void take_rest() override {

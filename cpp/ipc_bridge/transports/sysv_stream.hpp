@@ -146,8 +146,8 @@ inline void part(
 // reads for an hour.
 class SysvStream : public Stream, public Watched {
   public:
-    // `journal` is the server's, which has reserved `key`; a client has none.
-    SysvStream(Fd life_line, Wait wait, std::uint32_t key, std::shared_ptr<Journal> journal)
+    // `journal` is the server's, which has reserved `key`; a client has none. (`begin` follows.)
+    SysvStream(Fd&& life_line, Wait wait, std::uint32_t key, std::shared_ptr<Journal> journal)
         : Stream(wait), Watched(std::move(life_line)), key_(key), journal_(std::move(journal)) {}
 
     bool on_gone() override {
@@ -213,8 +213,16 @@ class SysvStream : public Stream, public Watched {
     }
 
   protected:
-    // Once all is there for the watcher: the last of what a constructor does.
-    void begin() { watcher_ = watch(*this); }
+    // Once all is there for the watcher: the last of what a constructor does. What it throws leaves
+    // the life-line with the caller, whose peer is to be told.
+    void begin(Fd& life_line) {
+        try {
+            watcher_ = watch(*this);
+        } catch (...) {
+            life_line = std::move(life_line_);
+            throw;
+        }
+    }
 
     // Is something taken out of the object, and not given yet?
     virtual bool has_some() const = 0;

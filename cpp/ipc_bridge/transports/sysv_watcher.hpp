@@ -16,6 +16,7 @@
 #include <memory>
 #include <mutex>
 #include <set>
+#include <system_error>
 #include <thread>
 #include <utility>
 
@@ -59,9 +60,14 @@ class Watcher {
         control(EPOLL_CTL_ADD, poke_.fileno(), EPOLLIN | EPOLLET);
     }
 
+    // Throws Error: RESOURCE_EXHAUSTED.
     void add(Watched& one) {
         if (!thread_.joinable()) {
-            thread_ = std::thread([this] { run(); });
+            try {
+                thread_ = std::thread([this] { run(); });
+            } catch (const std::system_error&) {
+                throw Error(Status::RESOURCE_EXHAUSTED, "no further thread for the watcher");
+            }
         }
         control(EPOLL_CTL_ADD, one.fd, EPOLLRDHUP | EPOLLONESHOT);
         all_.insert(&one);
@@ -170,7 +176,7 @@ class Watcher {
     std::thread thread_;
 };
 
-// Look after it, until `unwatch`; the watcher that does.
+// Look after it, until `unwatch`; the watcher that does. Throws Error: RESOURCE_EXHAUSTED.
 inline Watcher* watch(Watched& one) {
     const std::lock_guard lock(Watcher::changes());
     if (!Watcher::current()) {

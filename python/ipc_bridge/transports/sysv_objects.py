@@ -38,6 +38,10 @@ def is_ours(key: int) -> bool:
 Object = Any
 
 
+# Somebody has removed an object, or closed it to us, by its mode: nothing more will come.
+REMOVED = (sysv_ipc.ExistentialError, sysv_ipc.PermissionsError)
+
+
 def remove(one: Object) -> None:
     """Idempotent, whoever was first."""
     with contextlib.suppress(sysv_ipc.Error, OSError):

@@ -26,7 +26,7 @@ import sysv_ipc
 
 from ipc_bridge.errors import Error, ProtocolError, SystemError
 from ipc_bridge.system import END, WOULD_BLOCK, Buffer, Wait
-from ipc_bridge.transports.sysv_objects import Journal, Object, limit, refusal, remove
+from ipc_bridge.transports.sysv_objects import REMOVED, Journal, Object, limit, refusal, remove
 from ipc_bridge.transports.sysv_stream import Part, SysvStream, SysvTransport, Way
 
 DATA, WAKE = 1, 2  # types of messages: a chunk of the stream; nothing, for whoever sleeps
@@ -79,7 +79,7 @@ class QueueStream(Way):
                     chunk, kind = self._in.receive(False)
                 except sysv_ipc.BusyError:
                     return END if self._interrupted else WOULD_BLOCK
-                except sysv_ipc.ExistentialError:  # removed under us
+                except REMOVED:
                     return END
                 except OSError as error:
                     raise _broken(error) from None
@@ -104,7 +104,7 @@ class QueueStream(Way):
             except sysv_ipc.BusyError:
                 self._fulls += not done
                 return done or WOULD_BLOCK
-            except sysv_ipc.ExistentialError:
+            except REMOVED:
                 return self._removed()
             except OSError as error:
                 if error.errno == errno.EINVAL:  # as above: which of them is a matter of the moment
@@ -146,8 +146,12 @@ class QueueStream(Way):
         return pieces[0] if len(pieces) == 1 else b"".join(pieces), index, at
 
     def _wake(self) -> None:
-        with contextlib.suppress(sysv_ipc.Error, OSError):  # a full queue wakes, too
+        try:
             self._in.send(b"", False, WAKE)
+        except sysv_ipc.PermissionsError:  # closed to us: its end wakes, too
+            remove(self._in)
+        except (sysv_ipc.Error, OSError):  # a full queue wakes, too
+            pass
 
     def _take_rest(self) -> None:
         chunks = [bytes(self._left)]

@@ -34,7 +34,7 @@ import sysv_ipc
 
 from ipc_bridge.errors import ProtocolError
 from ipc_bridge.system import END, WOULD_BLOCK, Buffer, Wait
-from ipc_bridge.transports.sysv_objects import Journal, Object, remove
+from ipc_bridge.transports.sysv_objects import REMOVED, Journal, Object, remove
 from ipc_bridge.transports.sysv_stream import Part, SysvStream, SysvTransport, Way
 
 SLOTS = 16  # of a buffer: enough that a writer and a reader seldom wait for each other
@@ -132,12 +132,12 @@ class ShmStream(Way):
             except sysv_ipc.BusyError:
                 self._fulls += not done
                 return done or WOULD_BLOCK
-            except sysv_ipc.ExistentialError:
+            except REMOVED:
                 return self._removed()
             size, index, at = self._fill(buffers, index, at)
             try:
                 self._out.full.release()
-            except sysv_ipc.ExistentialError:
+            except REMOVED:
                 return self._removed()
             except ValueError:
                 raise ProtocolError("the peer has set our semaphore") from None
@@ -167,7 +167,7 @@ class ShmStream(Way):
             self._in.full.acquire()
         except sysv_ipc.BusyError:
             return END if self._interrupted else WOULD_BLOCK
-        except sysv_ipc.ExistentialError:  # removed under us
+        except REMOVED:
             return END
         return 1 if self._open_slot() else WOULD_BLOCK
 
@@ -198,7 +198,7 @@ class ShmStream(Way):
     def _give_back(self) -> None:
         try:
             self._in.free.release()
-        except sysv_ipc.ExistentialError:
+        except REMOVED:
             self._removed()
         except ValueError:
             raise ProtocolError("the peer has set our semaphore") from None
@@ -212,8 +212,12 @@ class ShmStream(Way):
 
     def _wake(self) -> None:
         self._false.append(None)
-        with contextlib.suppress(sysv_ipc.Error, ValueError, OSError):
+        try:
             self._in.full.release()
+        except sysv_ipc.PermissionsError:  # closed to us: its end wakes, too
+            remove(self._in.full)
+        except (sysv_ipc.Error, ValueError, OSError):
+            pass
 
     def _take_rest(self) -> None:
         full = 0

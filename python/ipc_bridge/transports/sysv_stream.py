@@ -22,7 +22,15 @@ import sysv_ipc
 from ipc_bridge.errors import Error, ProtocolError, Status
 from ipc_bridge.system import END, NEVER, Listener, Spinner, Stream, Transport, Wait, now_ns
 from ipc_bridge.transports.meeting import Meeting, MeetingListener, Record, is_over
-from ipc_bridge.transports.sysv_objects import SLOT, Journal, Object, is_ours, refusal, remove
+from ipc_bridge.transports.sysv_objects import (
+    REMOVED,
+    SLOT,
+    Journal,
+    Object,
+    is_ours,
+    refusal,
+    remove,
+)
 from ipc_bridge.transports.sysv_watcher import Watched, unwatch, watch
 
 PARTED_MAX = 256  # clients that have not left a closed connection; beyond, the oldest loses it
@@ -183,8 +191,8 @@ class SysvStream(Stream, Watched):
                     if now_ns() >= deadline_ns:
                         return False
                 self._take_one()
-            except sysv_ipc.ExistentialError:
-                return True  # removed under us
+            except REMOVED:
+                return True
             except sysv_ipc.Error:  # EINTR, which sysv_ipc does not restart
                 continue
             finally:

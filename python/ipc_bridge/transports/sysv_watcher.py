@@ -12,6 +12,7 @@ import socket
 import threading
 from abc import ABC, abstractmethod
 
+from ipc_bridge.errors import Error, Status
 from ipc_bridge.system import NEVER, Wakeup, now_ns, remaining_ms
 from ipc_bridge.transports.meeting import is_over
 
@@ -51,8 +52,13 @@ class Watcher:
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def add(self, one: Watched) -> None:
+        """Raises Error: RESOURCE_EXHAUSTED."""
         if not self._thread.is_alive():
-            self._thread.start()
+            try:
+                self._thread.start()
+            except RuntimeError:
+                what = "no further thread for the watcher"
+                raise Error(Status.RESOURCE_EXHAUSTED, what) from None
         self._epoll.register(one.fd, select.EPOLLRDHUP | select.EPOLLONESHOT)
         self.all[one] = None
         self._by_fd[one.fd] = one
@@ -116,7 +122,7 @@ _watcher: Watcher | None = None
 
 
 def watch(one: Watched) -> Watcher:
-    """Look after it, until `unwatch`; the watcher that does."""
+    """Look after it, until `unwatch`; the watcher that does. Raises Error: RESOURCE_EXHAUSTED."""
     global _watcher
     with _changes:
         _watcher = _watcher or Watcher()
