@@ -31,8 +31,17 @@ def test_every_finding_is_there_in_json() -> None:
     code, out = run("--json")
     found = json.loads(out)
     names = {one["name"] for one in found}
-    assert names >= {"msgmax", "msgmnb", "msgmni", "semmni", "shmmax", "cores", "/dev/shm"}
-    assert names >= {"memlock", "cmake", "strace", "sysv_ipc"}
+    assert names >= {
+        "msgmax",
+        "msgmnb",
+        "msgmni",
+        "semmni",
+        "shmmax",
+        "cores",
+        "memory",
+        "/dev/shm",
+    }
+    assert names >= {"memlock", "memory", "cmake", "strace", "sysv_ipc"}
     assert code == int(any(one["advice"] for one in found))
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from ipc_bridge import Call, Service, connect, serve
 
 INVERT = 1
-SHAPE = struct.Struct("<4I4s")  # height, width, channels, 0; dtype, as numpy writes it
+SHAPE = struct.Struct("<4I8s")  # height, width, channels, 0; dtype, as numpy writes it
 
 
 def pack(image: np.ndarray) -> bytearray:

@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 import pwd
+import re
 import resource
 import shutil
 from dataclasses import asdict, dataclass
@@ -18,7 +19,7 @@ import click
 
 KEY_MARK, KEY_MASK = 0x1BC00000, 0xFFF00000  # as in sysv_objects, which needs sysv_ipc
 CLIENTS = 256  # what a server takes by default: the limits should not bite earlier
-SHM_BYTES_EACH = 768 << 10  # of /dev/shm or memory for a client of the shared-memory transports
+SHM_BYTES_EACH = 768 << 10  # of memory for a client of the shared-memory transports
 TOOLS = {  # and what each is for
     "cmake": "building the C++ programs",
     "g++": "building the C++ programs",
@@ -80,15 +81,18 @@ def find_machine() -> list[Finding]:
     found = [Finding("machine", "cores", str(cores))]
     if cores < 2:
         found[0].advice = "one core: wait=spin only wastes it, and cross-core figures cannot be had"
-    try:
+    available = re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())
+    free = int(available[1]) << 10 if available else 0
+    need = CLIENTS * SHM_BYTES_EACH
+    small = f"{CLIENTS} clients of shm may need {need >> 20} MiB: serve fewer, by --clients-max"
+    value = f"{free >> 20} MiB available"
+    found.append(Finding("machine", "memory", value, "" if free >= need else small))
+    try:  # no bound for shm, whose memory has no name, nor for System V: the mount is not theirs
         info = os.statvfs("/dev/shm")
-        free = info.f_bavail * info.f_frsize
-        need = CLIENTS * SHM_BYTES_EACH
-        small = f"{CLIENTS} clients of shm may need {need >> 20} MiB; docker run --shm-size=1g"
-        value = f"{free >> 20} of {info.f_blocks * info.f_frsize >> 20} MiB free"
-        found.append(Finding("machine", "/dev/shm", value, "" if free >= need else small))
+        value = f"{info.f_bavail * info.f_frsize >> 20} MiB free, for the bare shm_ring only"
     except OSError as error:
-        found.append(Finding("machine", "/dev/shm", str(error.strerror), "mount a tmpfs there"))
+        value = f"{error.strerror}, needed by the bare shm_ring only"
+    found.append(Finding("machine", "/dev/shm", value))
     locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     unlimited = locked == resource.RLIM_INFINITY
     found.append(Finding("machine", "memlock", "unlimited" if unlimited else f"{locked} bytes"))
