@@ -1,6 +1,7 @@
 """Fixtures: the peers of a test, for every transport and pairing, and what they may leave: nothing.
 
-A test takes `peers`; to narrow it, parametrize `transport` or `pairing` with `indirect=True`.
+A test takes `peers`; to narrow it, parametrize `transport`, `pairing` or `query` with
+`indirect=True`.
 """
 
 import gc
@@ -73,9 +74,15 @@ def pairing(request: pytest.FixtureRequest) -> tuple[str, str]:
 
 
 @pytest.fixture
-def peers(transport: str, pairing: tuple[str, str], runtime: Path) -> Iterator[Peers]:
+def query(request: pytest.FixtureRequest) -> str:
+    """Of the addresses; by default none."""
+    return str(getattr(request, "param", ""))
+
+
+@pytest.fixture
+def peers(transport: str, pairing: tuple[str, str], query: str, runtime: Path) -> Iterator[Peers]:
     """Peers that the test starts as it wants; all must end well."""
-    peers = Peers(transport, pairing, runtime)
+    peers = Peers(transport, pairing, runtime, query)
     yield peers
     peers.close()
 

@@ -142,8 +142,11 @@ class Client(Process):
 class Peers:
     """The peers of one test: one transport, one pairing, a directory of their own."""
 
-    def __init__(self, transport: str, pairing: tuple[str, str], directory: Path) -> None:
+    def __init__(
+        self, transport: str, pairing: tuple[str, str], directory: Path, query: str = ""
+    ) -> None:
         self.transport = transport
+        self.query = query  # of both ends' addresses, with its ?
         self.client_language, self.server_language = pairing
         self.directory = directory
         self.shares_server = transport != "stdio"  # may a second client reach the same server?
@@ -156,13 +159,13 @@ class Peers:
     def serve(self, *options: str, environment: Environment | None = None) -> None:
         """Start the server; on stdio, say how a client does it."""
         if not self.shares_server:
-            words = [*program(self.server_language), "serve", "stdio:", *options]
-            self.url = "stdio:" + shlex.join(words)
+            words = [*program(self.server_language), "serve", f"stdio:{self.query}", *options]
+            self.url = "stdio:" + " ".join(filter(None, (self.query, shlex.join(words))))
             return
-        url = listen_url(self.transport, self.directory)
+        url = listen_url(self.transport, self.directory) + self.query
         self.server = Server(self.server_language, url, *options, environment=environment)
         self._all.append(self.server)
-        self.url = self.server.url
+        self.url = self.server.url + self.query  # how a server waits is nobody else's affair
 
     def connect(self, *options: str, environment: Environment | None = None) -> Client:
         """A further client."""

@@ -15,7 +15,7 @@ import pytest
 from ipc_bridge import Status
 from probe_support import Peers
 from processes import is_gone, memory_peak_bytes, stopped
-from support import EXIT_S, SANITIZED, SLOW, TRANSPORTS, wait_until
+from support import EXIT_S, PAIRINGS, SANITIZED, SLOW, TRANSPORTS, wait_until
 
 MIB = 1 << 20
 LATE_S = 0.25 * SLOW  # what an answer may come late: 100 ms, and a busy machine with two cores
@@ -26,6 +26,21 @@ only_shared = pytest.mark.parametrize(
     "transport", [name for name in TRANSPORTS if name != "stdio"], indirect=True
 )
 only_stdio = pytest.mark.parametrize("transport", ["stdio"], indirect=True)
+# Who blocks must be woken by a byte, a signal or a nudge, for it never looks again by itself. How
+# one end waits is not the other's affair, so each language is at each end once.
+BLOCKING = [
+    (name, "?wait=block", pairing)
+    for name in ("pipe", "stdio", "unix")
+    for pairing in PAIRINGS
+    if pairing[0] != pairing[1]
+]
+also_blocking = pytest.mark.parametrize(
+    ("transport", "query", "pairing"),
+    [(name, "", pairing) for name in TRANSPORTS for pairing in PAIRINGS] + BLOCKING,
+    ids=["-".join((*pairing, name)) for name in TRANSPORTS for pairing in PAIRINGS]
+    + ["-".join((*pairing, name, "block")) for name, _, pairing in BLOCKING],
+    indirect=True,
+)
 
 
 def test_any_bytes_come_back(peers: Peers) -> None:
@@ -128,6 +143,7 @@ def test_a_slow_reader_gets_every_item(peers: Peers) -> None:
     assert client.do(**command, pause_at=700, pause_s=0.3)["items"] == 2000
 
 
+@also_blocking
 def test_a_stream_left_early_makes_way_for_a_large_call(peers: Peers) -> None:
     """Row 10: 8 MiB against a producer that is still writing. Nobody waits for the other."""
     client = peers.start()
@@ -141,6 +157,7 @@ def test_a_stream_left_early_makes_way_for_a_large_call(peers: Peers) -> None:
     peers.check_freed(client)
 
 
+@also_blocking
 @pytest.mark.parametrize("method", [13, 16], ids=["slow", "fast"])
 def test_cancel_stops_the_producer(peers: Peers, method: int) -> None:
     """Row 11: before the first item, and midway."""
@@ -164,6 +181,7 @@ def test_cancel_races_the_end(peers: Peers) -> None:
     peers.check_freed(client)
 
 
+@also_blocking
 def test_a_deadline_frees_a_sleeping_handler(peers: Peers) -> None:
     """Row 12: a deadline of 0 and of 1 ms; the connection lives, and the handler ends early."""
     client = peers.start()
@@ -179,6 +197,7 @@ def test_a_deadline_frees_a_sleeping_handler(peers: Peers) -> None:
     assert client.number(18) in came
 
 
+@also_blocking
 def test_a_deadline_midway_in_a_stream(peers: Peers) -> None:
     """Row 12: after some items, whether the producer is slow or fast."""
     client = peers.start()
@@ -192,6 +211,7 @@ def test_a_deadline_midway_in_a_stream(peers: Peers) -> None:
     peers.check_others()
 
 
+@also_blocking
 def test_a_deadline_while_sending(peers: Peers) -> None:
     """Row 12: a server that does not read. Half a request is out, so that connection is over; the
     next one finds nothing of it. (ZeroMQ takes a request whole, so there a CANCEL follows it.)"""
@@ -259,6 +279,7 @@ def test_many_clients_at_once(peers: Peers) -> None:
             assert answer.get("ok"), (command, answer)
 
 
+@also_blocking
 def test_signals_all_the_time(peers: Peers) -> None:
     """Row 28: SIGALRM for every thread of both peers, a thousand times a second."""
     alarm = {"PROBE_ALARM": "1"}
@@ -285,6 +306,7 @@ def test_a_print_in_a_stdio_handler(peers: Peers) -> None:
     client.do(op="stream", count=100, size=1000)
 
 
+@also_blocking
 def test_sigterm_cuts_an_endless_stream(peers: Peers) -> None:
     """Row 32: UNAVAILABLE after the grace, and the server leaves."""
     client = peers.start()
@@ -296,6 +318,7 @@ def test_sigterm_cuts_an_endless_stream(peers: Peers) -> None:
     _check_left(peers, pid)
 
 
+@also_blocking
 def test_sigterm_lets_a_short_stream_end(peers: Peers) -> None:
     """Row 32: whole, within the grace; what comes later is refused."""
     client = peers.start()
