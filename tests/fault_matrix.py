@@ -79,7 +79,7 @@ CASES = {
         shown_by("test_a_failed_call_leaves_the_connection",
                  "test_a_second_call_on_a_busy_connection"), {}),
     14: Case("`kill -9` of the server", "UNAVAILABLE within 1 s, never a short success",
-        shown_by("test_the_server_is_killed"), {}),
+        shown_by("test_the_server_is_killed", "test_the_server_is_killed_in_mid_call"), {}),
     15: Case("`kill -9` of the client", "what it held is given back within 1 s",
         shown_by("test_the_client_is_killed_in_mid_stream",
                  test_a_stdio_server_goes_with_its_client=("stdio",)), {}),

@@ -185,6 +185,14 @@ class Peers:
         (pid,) = children(client.pid)
         return pid
 
+    def kill_server(self, client: Client) -> None:
+        """kill -9 for the server that a client talks to, which need not end well any more."""
+        if self.server is None:
+            os.kill(self.server_pid(client), signal.SIGKILL)
+        else:
+            self._all.remove(self.server)
+            self.server.kill()
+
     def second(self, client: Client) -> Client:
         """A second client of the same server; on stdio there is but the first."""
         return self.connect() if self.shares_server else client

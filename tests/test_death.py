@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
@@ -22,6 +22,7 @@ from peer_support import (
     served,
     stdio_url,
 )
+from probe_support import Peers
 from processes import (
     cpu_s,
     fds,
@@ -38,7 +39,7 @@ pytestmark = pytest.mark.usefixtures("nothing_left")
 # --- row 14: the server dies ---
 
 PACES = {
-    "in-mid-call": ("--count", ENDLESS, "--size", "16", "--rate", "1"),
+    "waiting": ("--count", ENDLESS, "--size", "16", "--rate", "1"),
     "in-mid-stream": ("--count", ENDLESS, "--size", "1024"),
 }
 
@@ -60,7 +61,7 @@ def test_the_server_is_killed(
         if scheme == "stdio":
             pid = only_child(process.pid)
         assert until(lambda: threads(pid) > 1)
-        if pace == "in-mid-call":
+        if pace == "waiting":
             assert until(lambda: sleeps(process.pid))
         else:
             used = cpu_s(pid)
@@ -69,6 +70,20 @@ def test_the_server_is_killed(
         os.kill(pid, signal.SIGKILL)
         began = time.monotonic()
         assert ended(process) == Exit.UNAVAILABLE
+        assert time.monotonic() - began < SEEN_S
+
+
+def test_the_server_is_killed_in_mid_call(
+    transport: str, pairing: tuple[str, str], tmp_path: Path
+) -> None:
+    with closing(Peers(transport, pairing, tmp_path)) as peers:
+        client = peers.start()
+        client.do(op="echo", size=1)
+        client.send(op="call", method=11, seconds=60.0)
+        assert until(lambda: sleeps(client.pid))
+        began = time.monotonic()
+        peers.kill_server(client)
+        assert client.receive(SEEN_S)["status"] == "UNAVAILABLE"
         assert time.monotonic() - began < SEEN_S
 
 
@@ -151,7 +166,7 @@ def test_the_client_is_killed_in_mid_stream(host: Host, caller: str) -> None:
 @of_servers
 @of_clients
 def test_a_stdio_server_goes_with_its_client(caller: str, server: str) -> None:
-    with client(caller, "stream", stdio_url(server), *PACES["in-mid-call"]) as process:
+    with client(caller, "stream", stdio_url(server), *PACES["waiting"]) as process:
         child = only_child(process.pid)
         process.kill()
         assert until(lambda: state(child) in "ZX", SEEN_S)
