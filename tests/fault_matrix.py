@@ -137,9 +137,10 @@ CASES = {
     31: Case("a print in a handler", "goes to stderr; the frames stay whole",
         shown_by(test_a_print_in_a_stdio_handler=("stdio",)),
         {tuple(name for name in TRANSPORTS if name != "stdio"): "Stdout is not the wire"}),
-    32: Case("SIGTERM or Ctrl-C", "drained within the grace; gone within 2 s",
+    32: Case("SIGTERM; Ctrl-C in a blocked client", "drained within the grace; gone within 2 s",
         shown_by("test_sigterm_cuts_an_endless_stream", "test_sigterm_lets_a_short_stream_end",
-                 "test_a_signal_drains_and_leaves_nothing"), {}),
+                 "test_a_signal_drains_and_leaves_nothing", "test_ctrl_c_ends_a_blocked_client",
+                 "test_ctrl_c_ends_a_client_and_its_child"), {}),
     33: Case("a fork of a connected client", "FAILED_PRECONDITION in the child; the parent goes on",
         shown_by("test_a_fork_of_a_connected_client"), {}),
 }  # fmt: skip

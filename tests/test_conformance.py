@@ -13,9 +13,10 @@ import time
 import pytest
 
 from ipc_bridge import Status
+from peer_support import GONE_S
 from probe_support import Peers
 from processes import is_gone, memory_peak_bytes, stopped
-from support import EXIT_S, PAIRINGS, SANITIZED, SLOW, TRANSPORTS, wait_until
+from support import PAIRINGS, SANITIZED, SLOW, TRANSPORTS, wait_until
 
 MIB = 1 << 20
 LATE_S = 0.25 * SLOW  # what an answer may come late: 100 ms, and a busy machine with two cores
@@ -313,9 +314,10 @@ def test_sigterm_cuts_an_endless_stream(peers: Peers) -> None:
     client.send(op="call_stream", method=13, notice=1)
     assert client.receive() == {"at": 1}
     pid = peers.server_pid(client)
+    end_s = time.monotonic() + GONE_S
     os.kill(pid, signal.SIGTERM)
-    assert client.receive(EXIT_S)["status"] == "UNAVAILABLE"
-    _check_left(peers, pid)
+    assert client.receive(GONE_S)["status"] == "UNAVAILABLE"
+    _check_left(peers, pid, end_s)
 
 
 @also_blocking
@@ -325,19 +327,21 @@ def test_sigterm_lets_a_short_stream_end(peers: Peers) -> None:
     client.send(op="stream", count=25, size=100, rate=50.0, notice=1)
     assert client.receive() == {"at": 1}
     pid = peers.server_pid(client)
+    end_s = time.monotonic() + GONE_S
     os.kill(pid, signal.SIGTERM)
-    answer = client.receive(EXIT_S)
+    answer = client.receive(GONE_S)
     assert (answer.get("ok"), answer["items"]) == (True, 25)
     assert client.ask(op="echo", size=10)["status"] == "UNAVAILABLE"
-    _check_left(peers, pid)
+    _check_left(peers, pid, end_s)
 
 
-def _check_left(peers: Peers, pid: int) -> None:
-    """The server has left, and well. (On stdio, its parent has its exit code.)"""
+def _check_left(peers: Peers, pid: int, end_s: float) -> None:
+    """The server has left by then, and well. (On stdio, its parent has its exit code.)"""
+    left_s = end_s - time.monotonic()
     if peers.server is not None:
-        assert peers.server.exit_code() == 0
+        assert peers.server.exit_code(left_s) == 0
     else:
-        wait_until(lambda: is_gone(pid), EXIT_S, "the server ends")
+        wait_until(lambda: is_gone(pid), left_s, "the server ends")
 
 
 def test_a_fork_of_a_connected_client(peers: Peers) -> None:

@@ -28,8 +28,19 @@ from ipc_bridge.frame import PAYLOAD_BYTES_LIMIT, PAYLOAD_BYTES_MAX
 from ipc_bridge.server import CLIENTS_MAX, GRACE_S
 from ipc_bridge.service import ECHO, STREAM, Pattern, make_service
 from ipc_bridge.session import WINDOW_BYTES
-from peer_support import GONE_S, Outcome, files, peer, run, served, serving_own, started
-from support import EXIT_S, LANGUAGES, READY_S, SLOW, Exit, wait_until
+from peer_support import GONE_S, Outcome, files, peer, run, served, serving_own, started, stdio_url
+from processes import is_gone, only_child, sleeps
+from support import (
+    EXIT_S,
+    LANGUAGES,
+    READY_S,
+    SLOW,
+    TRANSPORTS,
+    Exit,
+    listen_url,
+    until,
+    wait_until,
+)
 
 OWN_UNARY, OWN_STREAM = 7, 8  # methods of the tests' own service
 REQUIRED = {  # the least that a command needs
@@ -860,18 +871,27 @@ def test_a_second_signal_leaves_at_once(language: str, url: str, runtime: Path) 
         assert server.process.wait(GONE_S) == Exit.INTERRUPTED
 
 
+BLOCKED = {
+    "echo": "echo {url} --payload x",
+    "stream": "stream {url} --count 1 --size 1",
+    "bench-echo": "bench {url} --op echo --size 1 --duration 60",
+    "bench-stream": "bench {url} --op stream --size 1 --duration 60 --clients 2",
+}
+INTERRUPTED = (Exit.INTERRUPTED, b"", b"error: CANCELLED: interrupted\n")
+
+
 @each_language
 @pytest.mark.parametrize(
-    "words",
-    [
-        "echo {url} --payload x",
-        "stream {url} --count 1 --size 1",
-        "bench {url} --op echo --size 1 --duration 60",
-        "bench {url} --op stream --size 1 --duration 60 --clients 2",
+    ("scheme", "name"),
+    [("unix", name) for name in BLOCKED]
+    + [
+        (scheme, name)
+        for scheme in TRANSPORTS
+        for name in ("echo", "stream")
+        if scheme not in ("unix", "stdio")
     ],
-    ids=["echo", "stream", "bench-echo", "bench-stream"],
 )
-def test_ctrl_c_ends_a_blocked_client(language: str, words: str, url: str) -> None:
+def test_ctrl_c_ends_a_blocked_client(language: str, scheme: str, name: str, runtime: Path) -> None:
     entered, release = threading.Semaphore(0), threading.Event()
 
     def wait(call: ipc_bridge.Call, request: memoryview) -> list[bytes]:
@@ -882,17 +902,30 @@ def test_ctrl_c_ends_a_blocked_client(language: str, words: str, url: str) -> No
     service = ipc_bridge.Service()
     service.unary(ECHO, lambda call, request: b"".join(wait(call, request)))
     service.streaming(STREAM, wait)
-    with serving_own(url, service):
-        with started(language, *words.replace("{url}", url).split()) as process:
+    with serving_own(listen_url(scheme, runtime), service) as url:
+        with started(language, *BLOCKED[name].replace("{url}", url).split()) as process:
             assert entered.acquire(timeout=READY_S)
             process.send_signal(signal.SIGINT)
             out, err = process.communicate(timeout=GONE_S)
         release.set()
-    assert (process.returncode, out, err) == (
-        Exit.INTERRUPTED,
-        b"",
-        b"error: CANCELLED: interrupted\n",
-    )
+    assert (process.returncode, out, err) == INTERRUPTED
+
+
+@each_language
+@each_server
+@pytest.mark.parametrize("scheme", ["stdio"])
+def test_ctrl_c_ends_a_client_and_its_child(language: str, server: str, scheme: str) -> None:
+    """A terminal signals both."""
+    words = ("--count", "2", "--size", "1", "--rate", "0.01")
+    with started(language, "stream", stdio_url(server), *words) as process:
+        child = only_child(process.pid)
+        assert until(lambda: sleeps(process.pid))
+        end_s = time.monotonic() + GONE_S
+        for pid in (process.pid, child):
+            os.kill(pid, signal.SIGINT)
+        out, err = process.communicate(timeout=GONE_S)
+        assert until(lambda: is_gone(child), end_s - time.monotonic())
+    assert (process.returncode, out, err) == INTERRUPTED
 
 
 @each_language

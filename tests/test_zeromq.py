@@ -77,7 +77,7 @@ class Stranger:
 
 from ipc_bridge import Error, Status, connect  # noqa: E402
 from ipc_bridge.harness.curve_keys import make_keys  # noqa: E402
-from peer_support import NOBODY, client, ended, peer, run_client, served  # noqa: E402
+from peer_support import NOBODY, client, peer, run_client, served  # noqa: E402
 from probe_support import Server  # noqa: E402
 from processes import fds, rss_bytes, sleeps, status_field, stopped  # noqa: E402
 from support import LANGUAGES, MIB, SANITIZED, Exit, until  # noqa: E402
@@ -250,16 +250,6 @@ def test_who_comes_and_goes_leaves_nothing(server: str, tmp_path: Path) -> None:
         assert until(lambda: fds(up.pid) <= used)
         if not SANITIZED:
             assert rss_bytes(up.pid) - memory < 16 * MIB
-
-
-@of_clients
-def test_ctrl_c_ends_a_blocked_client(caller: str, tmp_path: Path) -> None:
-    with served(address("zmq+ipc", tmp_path), "cpp") as up:
-        slow = ("--count", "100", "--size", "16", "--rate", "0.1")
-        with client(caller, "stream", up.url, *slow) as process:
-            assert until(lambda: sleeps(process.pid))
-            process.send_signal(signal.SIGINT)
-            assert ended(process, 2.0) == Exit.INTERRUPTED
 
 
 def test_a_python_client_is_interrupted(tmp_path: Path) -> None:
