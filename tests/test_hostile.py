@@ -93,7 +93,7 @@ def test_a_client_that_breaks_the_rules_is_refused(host: Host, name: str) -> Non
 
 
 @of_servers
-@pytest.mark.parametrize("name", ["magic", "kind-8", "call-of-4-GiB", "call-while-running"])
+@pytest.mark.parametrize("name", HOSTILE)
 def test_a_stdio_server_refuses_and_leaves(server: str, name: str) -> None:
     before = children(os.getpid())
     with Raw.connect(stdio_url(server)) as raw:
