@@ -170,9 +170,10 @@ def collected() -> dict[str, set[str]]:
 
 
 def shown(case: Case, tests: dict[str, set[str]]) -> set[str]:
-    """The transports on which a case is shown."""
+    """The transports on which a case is shown, by tests that are there."""
     on: set[str] = set()
     for name, at in case.tests.items():
+        assert name in tests, f"no such test: {name}"
         on.update(tests[name] if at is None else at)
     return on
 
