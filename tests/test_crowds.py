@@ -15,6 +15,7 @@ from ipc_bridge.transports.pipe import PipeStream
 from peer_support import (
     served,
 )
+from probe_support import Client, Server
 from processes import (
     cpu_s,
     fds,
@@ -237,22 +238,33 @@ def test_who_never_says_hello_is_dropped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("wait", ["block", "adaptive"])
-@of_servers
-def test_who_idles_costs_nothing(server: str, wait: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_who_idles_costs_nothing(language: str, wait: str, tmp_path: Path) -> None:
+    """Neither a server nor a client, between two calls or in one that waits."""
+    query = f"?wait={wait}"
     with ExitStack() as running:
-        pids = []
+        clients: dict[str, Client] = {}
+        pids: dict[str, int] = {}
         for scheme in FRAMED:
-            up = running.enter_context(
-                served(f"{listen_url(scheme, tmp_path)}?wait={wait}", server)
-            )
-            bridge = running.enter_context(connect(up.url))
-            assert bytes(bridge.echo(b"warm")) == b"warm"
-            pids.append(up.pid)
-        time.sleep(0.1)
-        before = [cpu_s(pid) for pid in pids]
-        time.sleep(1.0)
-        used = [cpu_s(pid) - old for pid, old in zip(pids, before, strict=True)]
-        assert max(used) <= 0.02, dict(zip(FRAMED, used, strict=True))
+            up = running.enter_context(Server(language, listen_url(scheme, tmp_path) + query))
+            client = clients[scheme] = running.enter_context(Client(language, up.url + query))
+            client.do(op="echo", size=4)
+            pids |= {f"server of {scheme}": up.pid, f"client of {scheme}": client.pid}
+        assert_idle(pids)
+        for client in clients.values():
+            client.send(op="call", method=11, seconds=60.0, timeout=2.0)
+        assert_idle(pids)
+        for client in clients.values():
+            assert client.receive()["status"] == "DEADLINE_EXCEEDED"
+
+
+def assert_idle(pids: dict[str, int]) -> None:
+    """None of them uses CPU to speak of."""
+    time.sleep(0.1)
+    before = {name: cpu_s(pid) for name, pid in pids.items()}
+    time.sleep(1.0)
+    used = {name: cpu_s(pids[name]) - old for name, old in before.items()}
+    assert {name: used_s for name, used_s in used.items() if used_s > 0.02} == {}
 
 
 @pytest.mark.parametrize("window", [1, WINDOW_BYTES, 64 * MIB], ids=["1B", "4MiB", "64MiB"])
