@@ -205,10 +205,16 @@ class StopSignals:
         os._exit(EXIT_INTERRUPTED)
 
 
-def on_interrupt(number: int, at: object) -> None:
-    """Ctrl-C of a client, wherever it waits."""
-    report_error(Error(Status.CANCELLED, "interrupted"))
-    os._exit(EXIT_INTERRUPTED)
+def end_at_interrupt() -> None:
+    """Ctrl-C ends a client, wherever it waits: also if it comes just before the wait."""
+    signals = Signals(signal.SIGINT)
+
+    def watch() -> None:
+        signals.wait()
+        report_error(Error(Status.CANCELLED, "interrupted"))
+        os._exit(EXIT_INTERRUPTED)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextlib.contextmanager
@@ -290,6 +296,8 @@ def run(words: Sequence[str]) -> int:
         raise CommandLineError(f"a command is missing; known are {known}")
     for command in COMMANDS:
         if command.name == first:
+            if first != "serve":  # which has signals of its own
+                end_at_interrupt()
             return RUN[first](Arguments(command, words[1:]))
     what = "unknown option" if first.startswith("-") else f"unknown command; known are {known}"
     raise CommandLineError(what, first)
@@ -297,7 +305,6 @@ def run(words: Sequence[str]) -> int:
 
 def main() -> int:
     """The program."""
-    signal.signal(signal.SIGINT, on_interrupt)
     try:
         return run(sys.argv[1:])
     except Error as error:
