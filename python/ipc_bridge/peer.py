@@ -309,6 +309,9 @@ def main() -> int:
         return run(sys.argv[1:])
     except Error as error:
         return report_error(error)
+    except KeyboardInterrupt:  # before a server watches its signals
+        report_error(Error(Status.CANCELLED, "interrupted"))
+        return EXIT_INTERRUPTED
 
 
 if __name__ == "__main__":
