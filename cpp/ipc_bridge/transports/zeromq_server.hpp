@@ -300,9 +300,11 @@ class Router : public std::enable_shared_from_this<Router> {
             }
             cleanup_();
             unseen.swap(new_);
+            if (!has_thread_) {  // which clears it itself: a set that we took would be lost
+                wakeup_.clear();
+            }
         }
         unseen.clear();
-        wakeup_.clear();
         leave();
     }
 

@@ -319,9 +319,10 @@ class RouterHub(Hub):
             self._closed = True
             self._cleanup()
             unseen, self._new = self._new, deque()
+            if self._thread is None:  # which clears it itself: a set that we took would be lost
+                self._wakeup.clear()
         for stream in unseen:
             stream.close()
-        self._wakeup.clear()
         self._leave()
 
     def close_stream(self, stream: RouterStream) -> None:
