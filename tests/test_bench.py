@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harness_support import ROOT, TINY, bench, call, run, start, temporary_directory
+from ipc_bridge import load
 from ipc_bridge.endpoint import SCHEMES
 from ipc_bridge.errors import Error
 from ipc_bridge.harness import environment, results, statistics
@@ -390,6 +391,14 @@ def test_the_environment_names_what_makes_figures_doubtful() -> None:
     for of_machine, of_noise, spread, text in doubts:
         (found,) = environment.warnings(of_machine, of_noise, spread)
         assert text in found
+
+
+def test_a_thread_that_has_ended_takes_nothing_away() -> None:
+    """What it did is lost to proc(5), and is not subtracted from what the others did."""
+    before = load.ServerUsage(1.0, {"1": load.Switches(5, 1), "2": load.Switches(900, 30)}, 1 << 20)
+    after = load.ServerUsage(3.0, {"1": load.Switches(7, 1), "3": load.Switches(4, 2)}, 2 << 20)
+    used = after.since(before)
+    assert (used.cpu_s, used.all(), used.memory_peak_bytes) == (2.0, (6, 2), 2 << 20)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@
 #include <cstring>
 #include <deque>
 #include <fstream>
+#include <map>
 #include <memory>
 #include <optional>
 #include <string>
@@ -100,20 +101,38 @@ struct Usage {
     }
 };
 
+// A thread's context switches.
+struct Switches {
+    std::int64_t voluntary = 0;
+    std::int64_t involuntary = 0;
+};
+
 // What another process has used, and its largest resident size.
 struct ServerUsage {
     double cpu_s;
-    std::int64_t voluntary;  // context switches, of the threads that are still there
-    std::int64_t involuntary;
+    std::map<std::string, Switches> switches;  // by thread: what one has done is gone when it ends
     std::int64_t memory_peak_bytes;
+
+    // Context switches, of the threads that are still there.
+    Switches all() const {
+        Switches found;
+        for (const auto& [thread, one] : switches) {
+            found.voluntary += one.voluntary;
+            found.involuntary += one.involuntary;
+        }
+        return found;
+    }
 
     // What came on top of an earlier one.
     ServerUsage since(const ServerUsage& then) const {
-        return {
-            cpu_s - then.cpu_s,
-            voluntary - then.voluntary,
-            involuntary - then.involuntary,
-            memory_peak_bytes};
+        ServerUsage found{cpu_s - then.cpu_s, switches, memory_peak_bytes};
+        for (auto& [thread, one] : found.switches) {
+            if (const auto before = then.switches.find(thread); before != then.switches.end()) {
+                one.voluntary -= before->second.voluntary;
+                one.involuntary -= before->second.involuntary;
+            }
+        }
+        return found;
     }
 };
 
@@ -181,19 +200,19 @@ inline ServerUsage server_usage_now(int pid) {
     checked(tasks ? 0 : -1, "open", path);
     timespec cpu{};
     checked(::clock_gettime((~pid << 3) | 2, &cpu), "clock_gettime", path);
-    std::int64_t voluntary = 0;
-    std::int64_t involuntary = 0;
+    std::map<std::string, Switches> switches;
     while (const dirent* thread = ::readdir(tasks.get())) {
         if (thread->d_name[0] == '.') {
             continue;
         }
         const std::string status = path + "/task/" + thread->d_name + "/status";
-        voluntary += status_field(status, "voluntary_ctxt_switches:");
-        involuntary += status_field(status, "nonvoluntary_ctxt_switches:");
+        switches[thread->d_name] = {
+            status_field(status, "voluntary_ctxt_switches:"),
+            status_field(status, "nonvoluntary_ctxt_switches:")};
     }
     const double cpu_s = static_cast<double>(cpu.tv_sec) + static_cast<double>(cpu.tv_nsec) / 1e9;
     const std::int64_t memory_peak = status_field(path + "/status", "VmHWM:") * 1024;
-    return {cpu_s, voluntary, involuntary, memory_peak};
+    return {cpu_s, std::move(switches), memory_peak};
 }
 
 // The process that the main thread has started. Throws Error: NOT_FOUND.
@@ -499,10 +518,11 @@ struct Result {
         if (!server) {
             return nullptr;
         }
+        const Switches switches = server->all();
         return {
             {"cpu_s", server->cpu_s},
             {"context_switches",
-             {{"voluntary", server->voluntary}, {"involuntary", server->involuntary}}},
+             {{"voluntary", switches.voluntary}, {"involuntary", switches.involuntary}}},
             {"memory_peak_bytes", server->memory_peak_bytes},
         };
     }

@@ -17,6 +17,7 @@ import resource
 import threading
 import time
 from dataclasses import dataclass
+from operator import sub
 from typing import Any, NamedTuple
 
 from ipc_bridge import frame
@@ -81,22 +82,33 @@ class Usage(NamedTuple):
         )
 
 
+class Switches(NamedTuple):
+    """A thread's context switches."""
+
+    voluntary: int
+    involuntary: int
+
+
 class ServerUsage(NamedTuple):
     """What another process has used, and its largest resident size."""
 
     cpu_s: float
-    voluntary: int  # context switches, of the threads that are still there
-    involuntary: int
+    switches: dict[str, Switches]  # by thread: what one has done is gone when it ends
     memory_peak_bytes: int
+
+    def all(self) -> Switches:
+        """Context switches, of the threads that are still there."""
+        ones = self.switches.values()
+        return Switches(sum(one.voluntary for one in ones), sum(one.involuntary for one in ones))
 
     def since(self, then: "ServerUsage") -> "ServerUsage":
         """What came on top of an earlier one."""
-        return ServerUsage(
-            self.cpu_s - then.cpu_s,
-            self.voluntary - then.voluntary,
-            self.involuntary - then.involuntary,
-            self.memory_peak_bytes,
-        )
+        none = Switches(0, 0)
+        switches = {
+            thread: Switches(*map(sub, one, then.switches.get(thread, none)))
+            for thread, one in self.switches.items()
+        }
+        return ServerUsage(self.cpu_s - then.cpu_s, switches, self.memory_peak_bytes)
 
 
 class Worker:
@@ -333,10 +345,7 @@ class Result(NamedTuple):
             return None
         return {
             "cpu_s": self.server.cpu_s,
-            "context_switches": {
-                "voluntary": self.server.voluntary,
-                "involuntary": self.server.involuntary,
-            },
+            "context_switches": self.server.all()._asdict(),
             "memory_peak_bytes": self.server.memory_peak_bytes,
         }
 
@@ -427,14 +436,17 @@ def server_usage_now(pid: int) -> ServerUsage:
         threads = os.listdir(f"{path}/task")
     with checked("clock_gettime", path):
         cpu_ns = time.clock_gettime_ns(~pid << 3 | 2)
-    voluntary = involuntary = 0
+    switches = {}
+    for thread in threads:
+        status = f"{path}/task/{thread}/status"
+        with contextlib.suppress(OSError):  # it has just ended
+            switches[thread] = Switches(
+                status_field(status, "voluntary_ctxt_switches:"),
+                status_field(status, "nonvoluntary_ctxt_switches:"),
+            )
     with checked("open", path):
-        for thread in threads:
-            status = f"{path}/task/{thread}/status"
-            voluntary += status_field(status, "voluntary_ctxt_switches:")
-            involuntary += status_field(status, "nonvoluntary_ctxt_switches:")
         memory_peak = status_field(f"{path}/status", "VmHWM:") * 1024
-    return ServerUsage(cpu_ns / 1e9, voluntary, involuntary, memory_peak)
+    return ServerUsage(cpu_ns / 1e9, switches, memory_peak)
 
 
 def child_pid() -> int:
