@@ -163,11 +163,16 @@ Wait wait_of(const std::string& name) {
     return name == "block" ? Wait::BLOCK : name == "spin" ? Wait::SPIN : Wait::ADAPTIVE;
 }
 
-// The stream of who makes the memory, and the memory's descriptor, which is the caller's.
+// The stream of who makes the memory, and the memory's descriptor, which is the caller's. (Tests let
+// the indices start elsewhere.)
 nb::tuple make(
-    nb::object life_line, std::size_t capacity, const std::string& wait, const std::string& where
+    nb::object life_line,
+    std::size_t capacity,
+    const std::string& wait,
+    const std::string& where,
+    std::uint64_t start
 ) {
-    auto [memory, fd] = ring::Memory::make(capacity);
+    auto [memory, fd] = ring::Memory::make(capacity, start);
     auto stream = std::make_unique<PyRingStream>(
         std::move(life_line), std::move(memory), 0, wait_of(wait), where
     );
@@ -279,7 +284,15 @@ NB_MODULE(_native, m) {
         .def("fileno", &PyRingStream::fileno)
         .def("interrupt", &PyRingStream::interrupt)
         .def("close", &PyRingStream::py_close);
-    m.def("make", make);
+    m.def(
+        "make",
+        make,
+        nb::arg("life_line"),
+        nb::arg("capacity_bytes"),
+        nb::arg("wait"),
+        nb::arg("where"),
+        nb::arg("start") = 0
+    );
     m.def("attach", attach);
     m.attr("CAPACITY_BYTES") = ring::capacity_bytes;
     m.def("is_capacity", ring::is_capacity);

@@ -11,6 +11,10 @@ def tests() -> dict[str, set[str]]:
     return collected()
 
 
+def test_no_case_is_forgotten() -> None:
+    assert [*CASES] == [*range(1, 34)]
+
+
 @pytest.mark.parametrize("number", CASES)
 def test_each_case_is_shown_or_left_out(number: int, tests: dict[str, set[str]]) -> None:
     case = CASES[number]

@@ -1,14 +1,19 @@
-"""`shm` without its native module, or with one of no use: one line says so; no other fails."""
+"""`shm` between processes: indices that wrap; and without its native module, or with one of no use:
+one line says so; no other fails. (The ring by itself: cpp/test_ring.cpp.)"""
 
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from peer_support import TIMEOUT_S, served
-from support import Exit
+from ipc_bridge import _native
+from ipc_bridge.service import make_service
+from peer_support import TIMEOUT_S, served, serving_own
+from probe_support import Client
+from support import LANGUAGES, MIB, Exit
 
 HIDDEN = """
 import sys
@@ -55,3 +60,19 @@ def test_the_other_transports_do_without_the_module(runtime: Path) -> None:
         done = run_without("missing", "stream", up.url, "--count", "5000", "--size", "7")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("5000 items of 7 bytes verified")
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize("edge", [32, 64])
+def test_indices_that_wrap(
+    edge: int, language: str, runtime: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Row 3: they pass 2^32 or 2^64 within the first record after the hello, either way."""
+    monkeypatch.setattr(_native, "make", partial(_native.make, start=(1 << edge) - 512))
+    with (
+        serving_own(f"shm://{runtime}/s", make_service()) as url,
+        Client(language, url) as client,
+    ):
+        client.do(op="echo", size=5000, seed=edge)
+        client.do(op="echo", size=MIB, seed=edge)  # the ring takes it in parts
+        assert client.do(op="stream", count=3000, size=1000)["items"] == 3000

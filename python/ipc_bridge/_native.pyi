@@ -24,7 +24,7 @@ class RingStream(Stream):
 
 def is_capacity(capacity_bytes: int) -> bool: ...
 def make(
-    life_line: socket.socket, capacity_bytes: int, wait: str, where: str
+    life_line: socket.socket, capacity_bytes: int, wait: str, where: str, start: int = 0
 ) -> tuple[RingStream, int]: ...
 def attach(
     life_line: socket.socket, memory_fd: int, capacity_bytes: int, wait: str, where: str
