@@ -163,8 +163,8 @@ Wait wait_of(const std::string& name) {
     return name == "block" ? Wait::BLOCK : name == "spin" ? Wait::SPIN : Wait::ADAPTIVE;
 }
 
-// The stream of who makes the memory, and the memory's descriptor, which is the caller's. (Tests let
-// the indices start elsewhere.)
+// The stream of who makes the memory, and the memory's descriptor, which is the caller's. Tests let
+// the indices start elsewhere.
 nb::tuple make(
     nb::object life_line,
     std::size_t capacity,

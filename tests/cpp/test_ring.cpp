@@ -114,13 +114,9 @@ TEST_CASE("records begin at every offset of the ring, and pass its end, 2^32 and
         for (std::size_t line = 0; line < capacity_bytes_min / 64; ++line) {
             Pair pair(edge - 64 * line);
             // Together more than the ring holds, so that the indices pass the edge.
-            for (const std::size_t size :
-                 {chunk_bytes,
-                  std::size_t{1},
-                  1 + line * 37 % 500,
-                  chunk_bytes,
-                  chunk_bytes,
-                  chunk_bytes}) {
+            const std::size_t sizes[] = {
+                chunk_bytes, 1, 1 + line * 37 % 500, chunk_bytes, chunk_bytes, chunk_bytes};
+            for (const std::size_t size : sizes) {
                 REQUIRE(write(*pair.left, View(payload).first(size)) == size);
                 REQUIRE(
                     read_all(*pair.right) == std::vector(payload.begin(), payload.begin() + size)
