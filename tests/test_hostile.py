@@ -257,6 +257,10 @@ EVERYWHERE = (
     "garbage",
     "no-hello",
     "early-close",
+    "half-a-hello",
+    "reply-of-4-GiB",
+    "reply-cut-short",
+    "stream-cut-short",
     "end-of-an-unknown-call",
     "items-without-credit",
 )
