@@ -22,7 +22,7 @@ from peer_support import (
     served,
     stdio_url,
 )
-from probe_support import Peers
+from probe_support import Client, Peers
 from processes import (
     cpu_s,
     fds,
@@ -32,7 +32,7 @@ from processes import (
     stopped,
     threads,
 )
-from support import FRAMED, Exit, listen_url, until
+from support import FRAMED, LANGUAGES, Exit, listen_url, until
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -78,13 +78,36 @@ def test_the_server_is_killed_in_mid_call(
 ) -> None:
     with closing(Peers(transport, pairing, tmp_path)) as peers:
         client = peers.start()
-        client.do(op="echo", size=1)
-        client.send(op="call", method=11, seconds=60.0)
+        call_and_kill(peers, client)
+
+
+@pytest.mark.parametrize("wait", ["spin", "block"])
+@of_clients
+@pytest.mark.parametrize("scheme", ["shm", "sysv-queue", "sysv-shm"])
+def test_the_server_is_killed_however_one_waits(
+    scheme: str, caller: str, wait: str, tmp_path: Path
+) -> None:
+    """Who spins has to look at the life-line, too; who blocks, wherever it does, to be woken."""
+    (server,) = set(LANGUAGES) - {caller}
+    with closing(Peers(scheme, (caller, server), tmp_path)) as peers:
+        peers.serve()
+        peers.url += f"?wait={wait}"
+        call_and_kill(peers, peers.connect(), wait)
+
+
+def call_and_kill(peers: Peers, client: Client, wait: str = "adaptive") -> None:
+    """The server is killed once the client waits for an answer."""
+    client.do(op="echo", size=1)
+    used = cpu_s(client.pid)
+    client.send(op="call", method=11, seconds=60.0)
+    if wait == "spin":
+        assert until(lambda: cpu_s(client.pid) > used + 0.1)
+    else:
         assert until(lambda: sleeps(client.pid))
-        began = time.monotonic()
-        peers.kill_server(client)
-        assert client.receive(SEEN_S)["status"] == "UNAVAILABLE"
-        assert time.monotonic() - began < SEEN_S
+    began = time.monotonic()
+    peers.kill_server(client)
+    assert client.receive(SEEN_S)["status"] == "UNAVAILABLE"
+    assert time.monotonic() - began < SEEN_S
 
 
 @over_transports
