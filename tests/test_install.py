@@ -35,6 +35,7 @@ int main(int, char** argv) {
     server->stop();
 }
 """
+NATIVE = "from ipc_bridge import _native; print(_native.__file__, _native.is_capacity(1 << 16))"
 
 pytestmark = pytest.mark.timeout(TIMEOUT_S + 10)
 
@@ -124,26 +125,29 @@ def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place / "site"
 
 
+def python(unpacked: Path, *words: str) -> str:
+    """With the wheel, and without the hook by which an editable install finds this tree."""
+    path = f"PYTHONPATH={unpacked}:{sysconfig.get_path('purelib')}"
+    return run("env", "-C", "/", path, sys.executable, "-S", *words)
+
+
 def test_the_wheel_holds_the_package_alone(unpacked: Path) -> None:
     names = {str(path.relative_to(unpacked)) for path in unpacked.rglob("*")}
     assert {"ipc_bridge/py.typed", "ipc_bridge/bridge_pb2.py", "ipc_bridge/client.py"} <= names
     tops = {path.name for path in unpacked.iterdir()}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"ipc_bridge"}
     assert not [name for name in names if "__pycache__" in name]
+    (module,) = unpacked.glob("ipc_bridge/_native*.so")  # nothing but shm fails without it
+    assert python(unpacked, "-c", NATIVE) == f"{module} True\n"
 
 
 def test_an_installed_export_copies_the_same(unpacked: Path, tmp_path: Path) -> None:
-    def python(*words: str) -> str:
-        """Without the hook by which an editable install finds this tree."""
-        path = f"PYTHONPATH={unpacked}:{sysconfig.get_path('purelib')}"
-        return run("env", "-C", "/", path, sys.executable, "-S", *words)
-
-    held = python("-c", "from ipc_bridge.harness import parts; print(parts.TREE)")
+    held = python(unpacked, "-c", "from ipc_bridge.harness import parts; print(parts.TREE)")
     assert held == f"{unpacked}/ipc_bridge/harness/tree\n"
     for words in (["all"], [*parts.transports(), "--bare"]):
         program = ["-m", "ipc_bridge.harness.cli", "export", *words]
         theirs, ours = tmp_path / f"theirs{len(words)}", tmp_path / f"ours{len(words)}"
-        python(*program, str(theirs))
+        python(unpacked, *program, str(theirs))
         run(sys.executable, *program, str(ours))
         assert contents(theirs) == contents(ours)
 
