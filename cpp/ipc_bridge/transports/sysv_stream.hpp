@@ -194,8 +194,11 @@ class SysvStream : public Stream, public Watched {
     }
 
     void close() override {
-        if (std::exchange(closed_, true)) {
-            return;
+        {
+            const std::lock_guard lock(lock_);  // the watcher may look at it in this moment
+            if (std::exchange(closed_, true)) {
+                return;
+            }
         }
         unwatch(*this);  // from here on this thread is alone
         if (settled_) {
