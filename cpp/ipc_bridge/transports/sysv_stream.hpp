@@ -195,7 +195,8 @@ class SysvStream : public Stream, public Watched {
 
     void close() override {
         {
-            const std::lock_guard lock(lock_);  // the watcher may look at it in this moment
+            // The watcher may look at it in this moment. (Python's GIL orders the two.)
+            const std::lock_guard lock(lock_);
             if (std::exchange(closed_, true)) {
                 return;
             }

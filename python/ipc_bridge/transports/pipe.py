@@ -98,7 +98,8 @@ class PipeStream(Stream):
 
     def try_read(self, buffer: memoryview) -> int:
         if self._blocking:
-            return self._sleep_and_read(buffer, NEVER) if self._readable.poll(0) else WOULD_BLOCK
+            is_ready = self._interrupted or self._readable.poll(0)
+            return self._sleep_and_read(buffer, NEVER) if is_ready else WOULD_BLOCK
         count = self._read(buffer)
         if count:
             return count
