@@ -128,6 +128,9 @@ class Client:
                     count = stream.read(session.space, deadline_ns)
             except Error as error:
                 self._lose(error)
+            except BaseException:  # half of a request, perhaps: nobody can complete it
+                self.close()
+                raise
             if sent != len(request):
                 self._send_rest(request, sent)
             elif count > 0:
