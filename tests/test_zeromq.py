@@ -79,7 +79,7 @@ from ipc_bridge import Error, Status, connect  # noqa: E402
 from ipc_bridge.harness.curve_keys import make_keys  # noqa: E402
 from peer_support import NOBODY, client, peer, run_client, served  # noqa: E402
 from probe_support import Server  # noqa: E402
-from processes import fds, rss_bytes, sleeps, status_field, stopped  # noqa: E402
+from processes import cpu_s, fds, rss_bytes, sleeps, status_field, stopped  # noqa: E402
 from support import LANGUAGES, MIB, SANITIZED, Exit, until  # noqa: E402
 
 SCHEMES = ("zmq+ipc", "zmq+tcp")
@@ -170,6 +170,22 @@ def test_a_stalled_client_costs_its_window_and_nobody_else_an_item(
                 assert rss_bytes(up.pid) - before < 8 * MIB + 16 * MIB
                 with connect(up.url) as bridge:
                     assert bytes(bridge.echo(b"alive", timeout=1.0)) == b"alive"
+
+
+@of_servers
+def test_a_client_that_stops_again_and_again_is_served_on(server: str, tmp_path: Path) -> None:
+    """Each time the server looks for room, and any of its looks may be its periodic one."""
+    words = ("--count", str(10**9), "--size", "16384", "--window", "8MiB")
+    with (
+        served(address("zmq+ipc", tmp_path), server) as up,
+        client("cpp", "stream", up.url, *words) as process,
+    ):
+        for _ in range(150):
+            with stopped(process.pid):
+                time.sleep(0.01)
+            time.sleep(0.005)
+        used = cpu_s(up.pid)
+        assert until(lambda: cpu_s(up.pid) > used), "it sleeps"
 
 
 @contextlib.contextmanager

@@ -373,6 +373,7 @@ class Router : public std::enable_shared_from_this<Router> {
         if (++received_ % look_messages == 0) {
             look_around();
             look_for_room();
+            return true;  // a stream may be ready now: do not sleep
         }
         const bool quiet = departed_.empty() && full_.empty();
         if (take(quiet && is_far(deadline_ns) ? await : receive)) {

@@ -229,10 +229,10 @@ class RouterHub(Hub):
 
     def read_alone(self, stream: RouterStream, buffer: memoryview, deadline_ns: int) -> int:
         """Wait a little for the next message; if it is of this stream, it needs no inbox."""
+        busy = self._ready or self._full or self._departed or self._stopped
+        if busy or (self._received + 1) % LOOK_MESSAGES == 0 or not is_far(deadline_ns):
+            return WOULD_BLOCK  # the loop comes to _pump, which looks around
         self._received += 1
-        busy = self._received % LOOK_MESSAGES == 0 or self._ready or self._departed
-        if busy or self._full or self._stopped or not is_far(deadline_ns):
-            return WOULD_BLOCK
         try:
             routing_id = self._router.recv(WAIT)
         except zmq.Again:
@@ -348,6 +348,7 @@ class RouterHub(Hub):
         if self._received % LOOK_MESSAGES == 0:
             self._look_around()
             self._look_for_room()
+            return True  # a stream may be ready now: do not sleep
         quiet = not (self._departed or self._full)
         if self._take(WAIT if quiet and is_far(deadline_ns) else NOBLOCK):
             return True
