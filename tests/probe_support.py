@@ -8,15 +8,28 @@ import shlex
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from processes import children, is_gone
-from support import ANSWER_S, BUILD, EXIT_S, READY_S, ROOT, SLOW, listen_url, read_line, wait_until
+from support import (
+    ANSWER_S,
+    BUILD,
+    EXIT_S,
+    LANGUAGES,
+    READY_S,
+    ROOT,
+    SLOW,
+    listen_url,
+    read_line,
+    wait_until,
+)
 
 Answer = dict[str, Any]
 Environment = dict[str, str]
+SMALL = 100  # bytes of an echo. Those of another `seed` are others: one call's, and no other's
 
 
 def program(language: str) -> list[str]:
@@ -137,6 +150,18 @@ class Client(Process):
     def _leave(self) -> None:
         assert self.popen.stdin is not None
         self.popen.stdin.close()
+
+
+@contextlib.contextmanager
+def of_each_language(url: str) -> Iterator[list[Client]]:
+    """A client of each language at one server, which both have called."""
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(Client(language, url)) for language in LANGUAGES]
+        for client in clients:
+            client.send(op="echo", size=SMALL)
+        for client in clients:
+            assert client.receive().get("ok"), client.popen.args
+        yield clients
 
 
 class Peers:

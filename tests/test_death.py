@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from hosts import ENDLESS, SEEN_S, Host, of_clients, of_servers, over_transports
-from ipc_bridge import CallError, Status, connect
+from ipc_bridge import connect
 from peer_support import (
     client,
     ended,
@@ -22,7 +22,7 @@ from peer_support import (
     served,
     stdio_url,
 )
-from probe_support import Client, Peers
+from probe_support import SMALL, Client, Peers, of_each_language
 from processes import (
     cpu_s,
     fds,
@@ -116,18 +116,11 @@ def test_the_server_is_killed_under_a_client_object(
     scheme: str, server: str, tmp_path: Path
 ) -> None:
     """Row 18 too: what comes to life at the address later answers no call of the old connection."""
-    with served(listen_url(scheme, tmp_path), server) as first:
-        url = first.url
-        bridge = connect(url)
-        assert bytes(bridge.echo(b"first")) == b"first"
-        kill(first.process)
-    with bridge, served(url, server) as second:
-        assert second.url == url
-        with pytest.raises(CallError) as caught:
-            bridge.echo(b"old", timeout=2.0)
-        assert caught.value.status == Status.UNAVAILABLE
-        with connect(url, timeout=1.0) as fresh:
-            assert bytes(fresh.echo(b"new", timeout=1.0)) == b"new"
+    with ExitStack() as running:
+        with served(listen_url(scheme, tmp_path), server) as first:
+            clients = running.enter_context(of_each_language(first.url))
+            kill(first.process)
+        check_restarted(first.url, server, clients)
 
 
 @over_transports
@@ -135,14 +128,19 @@ def test_the_server_is_killed_under_a_client_object(
 def test_the_server_is_restarted_under_a_client_object(
     scheme: str, server: str, runtime: Path
 ) -> None:
-    with served(listen_url(scheme, runtime), server) as first:
-        url = first.url
-        bridge = connect(url)
-        assert bytes(bridge.echo(b"first")) == b"first"
-    with bridge, served(url, server):
-        with pytest.raises(CallError) as caught:
-            bridge.echo(b"old", timeout=2.0)
-        assert caught.value.status == Status.UNAVAILABLE
+    with ExitStack() as running:
+        with served(listen_url(scheme, runtime), server) as first:
+            clients = running.enter_context(of_each_language(first.url))
+        check_restarted(first.url, server, clients)
+
+
+def check_restarted(url: str, server: str, clients: list[Client]) -> None:
+    """A new server at the address is nothing to those of the old one; who comes is served."""
+    with served(url, server) as second:
+        assert second.url == url
+        for old in clients:
+            status = old.ask(op="echo", size=SMALL, seed=1, timeout=2.0).get("status")
+            assert status == "UNAVAILABLE", old.popen.args
         with connect(url, timeout=1.0) as fresh:
             assert bytes(fresh.echo(b"new", timeout=1.0)) == b"new"
 
@@ -233,17 +231,16 @@ def test_the_client_is_killed_at_each_step(host: Host, caller: str, step: str, n
 
 
 def test_a_deadline_holds_against_a_stopped_server(host: Host) -> None:
-    with connect(host.url) as bridge:
+    with of_each_language(host.url) as clients:
         with stopped(host.pid):
-            began = time.monotonic()
-            with pytest.raises(CallError) as caught:
-                bridge.echo(b"stopped", timeout=0.4)
-            took = time.monotonic() - began
-        assert caught.value.status == Status.DEADLINE_EXCEEDED
-        assert 0.4 <= took < 0.5
-        assert (
-            bytes(bridge.echo(b"next", timeout=2.0)) == b"next"
-        )  # not the answer to the call before
+            for client in clients:
+                client.send(op="echo", size=SMALL, seed=1, timeout=0.4)
+            for client in clients:
+                answer = client.receive()
+                assert answer.get("status") == "DEADLINE_EXCEEDED", client.popen.args
+                assert 0.4 <= answer["elapsed_s"] < 0.5
+        for client in clients:  # it says whether this is the answer to the call before
+            client.do(op="echo", size=SMALL, seed=2, timeout=2.0)
 
 
 @of_clients

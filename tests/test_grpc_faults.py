@@ -4,11 +4,11 @@ import os
 import socket
 import stat
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-import ipc_bridge
 from grpc_support import (
     SEEN_S,
     address,
@@ -16,8 +16,9 @@ from grpc_support import (
     of_schemes,
     of_servers,
 )
-from ipc_bridge import CallError, Status, connect
+from ipc_bridge import connect
 from peer_support import client, ended, kill, run_client, served
+from probe_support import SMALL, of_each_language
 from processes import cpu_s, fds, stopped
 from support import LANGUAGES, Exit, until
 
@@ -131,15 +132,16 @@ def rests(pid: int) -> bool:
 @of_servers
 def test_a_deadline_holds_against_a_stopped_server(scheme: str, server: str, place: Path) -> None:
     """Row 17: and the next answer is not the one to the call before."""
-    with served(address(scheme, place), server) as up, connect(up.url) as bridge:
-        bridge.echo(b"warm")
+    with served(address(scheme, place), server) as up, of_each_language(up.url) as clients:
         with stopped(up.pid):
-            began = time.monotonic()
-            with pytest.raises(CallError) as caught:
-                bridge.echo(b"stopped", timeout=0.4)
-            assert 0.4 <= time.monotonic() - began < 0.4 + 0.3 * SEEN_S
-        assert caught.value.status == Status.DEADLINE_EXCEEDED
-        assert bytes(bridge.echo(b"next", timeout=5.0)) == b"next"
+            for client in clients:
+                client.send(op="echo", size=SMALL, seed=1, timeout=0.4)
+            for client in clients:
+                answer = client.receive()
+                assert answer.get("status") == "DEADLINE_EXCEEDED", client.popen.args
+                assert 0.4 <= answer["elapsed_s"] < 0.4 + 0.3 * SEEN_S
+        for client in clients:
+            client.do(op="echo", size=SMALL, seed=2, timeout=5.0)
 
 
 @of_schemes
@@ -164,19 +166,12 @@ def test_a_stopped_client_disturbs_nobody(
 @of_servers
 def test_a_restart_under_a_client(scheme: str, server: str, tmp_path: Path) -> None:
     """Row 18: UNAVAILABLE, or gRPC has connected again; never another call's answer."""
-    with served(address(scheme, tmp_path), server) as first:
-        url = first.url
-        bridge = connect(url)
-        assert bytes(bridge.echo(b"first")) == b"first"
-        kill(first.process)
-    with bridge, served(url, server):
-        for number in range(5):
-            assert outcome(bridge, b"%d" % number) in (b"%d" % number, Status.UNAVAILABLE)
-
-
-def outcome(bridge: ipc_bridge.Bridge, payload: bytes) -> bytes | Status:
-    """What comes of an echo."""
-    try:
-        return bytes(bridge.echo(payload, timeout=5.0))
-    except CallError as error:
-        return error.status
+    with ExitStack() as running:
+        with served(address(scheme, tmp_path), server) as first:
+            clients = running.enter_context(of_each_language(first.url))
+            kill(first.process)
+        running.enter_context(served(first.url, server))
+        for seed in range(1, 6):
+            for client in clients:
+                answer = client.ask(op="echo", size=SMALL, seed=seed, timeout=5.0)
+                assert answer.get("status") in (None, "UNAVAILABLE"), client.popen.args
