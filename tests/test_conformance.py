@@ -9,6 +9,7 @@ import os
 import random
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -142,6 +143,23 @@ def test_a_slow_reader_gets_every_item(peers: Peers) -> None:
     client = peers.start("--window", "65536")
     command = {"op": "stream", "count": 2000, "size": 1000}
     assert client.do(**command, pause_at=700, pause_s=0.3)["items"] == 2000
+
+
+def test_a_reader_that_stops_for_long(runtime: Path) -> None:
+    """Row 10: for longer than what takes a silent host for gone (10 s), while more is under way
+    than the kernel's buffers hold. All at once, for it takes that long; each language at each end;
+    only where there are such clocks."""
+    with contextlib.ExitStack() as running:
+        clients = []
+        for transport in ("tcp", "zmq+tcp", "grpc+tcp"):
+            for pairing in (("cpp", "py"), ("py", "cpp")):
+                peers = Peers(transport, pairing, runtime)
+                running.callback(peers.close)
+                clients.append((transport, pairing, peers.start()))
+        for *_, client in clients:
+            client.send(op="stream", count=20_000, size=1000, pause_at=1, pause_s=12.0)
+        answers = [(*which, client.receive().get("status")) for *which, client in clients]
+        assert [answer for answer in answers if answer[-1]] == []
 
 
 @also_blocking

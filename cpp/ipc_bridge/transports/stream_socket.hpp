@@ -40,8 +40,9 @@
 namespace ipc_bridge {
 namespace stream_socket {
 
-// Unacknowledged data, or silence after probes: the host is gone (tcp(7)).
-inline constexpr int dead_after_ms = 10'000;
+// Silence, then a probe a second unanswered: the host is gone (tcp(7)).
+inline constexpr int probe_after_s = 5;
+inline constexpr int probes = 5;
 
 // end_of_stream for the errors that mean that the peer has gone; others are thrown.
 inline std::ptrdiff_t end_of(int number) {
@@ -182,16 +183,17 @@ inline std::string tcp_url(const std::string& host, int port) {
     return "tcp://" + (is_v6 ? "[" + host + "]" : host) + ":" + std::to_string(port);
 }
 
-// Set what every TCP connection of ours needs (tcp(7)).
+// Set what every TCP connection of ours needs (tcp(7)). TCP_USER_TIMEOUT is not of that kind: it
+// also ends a connection whose reader stops for that long, though its host answers all the time.
 inline void prepare(int fd) {
     const auto set = [fd](int level, int option, int value) {
         checked(::setsockopt(fd, level, option, &value, sizeof(value)), "setsockopt", "tcp");
     };
     set(IPPROTO_TCP, TCP_NODELAY, 1);  // a reply must not wait for an ACK
-    set(IPPROTO_TCP, TCP_USER_TIMEOUT, dead_after_ms);
     set(SOL_SOCKET, SO_KEEPALIVE, 1);  // a host that fell silent
-    set(IPPROTO_TCP, TCP_KEEPIDLE, dead_after_ms / 2000);
+    set(IPPROTO_TCP, TCP_KEEPIDLE, probe_after_s);
     set(IPPROTO_TCP, TCP_KEEPINTVL, 1);
+    set(IPPROTO_TCP, TCP_KEEPCNT, probes);
 }
 
 }  // namespace stream_socket

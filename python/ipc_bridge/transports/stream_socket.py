@@ -45,7 +45,7 @@ from ipc_bridge.transports.unix_address import BACKLOG, UnixAddress
 
 NOW = int(socket.MSG_DONTWAIT)  # plain numbers: to join two flags of an enum costs 700 ns
 NOW_QUIETLY = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-DEAD_AFTER_MS = 10_000  # unacknowledged data, or silence after probes: the host is gone (tcp(7))
+PROBE_AFTER_S, PROBES = 5, 5  # silence, then a probe a second unanswered: the host is gone (tcp(7))
 
 
 class SocketStream(Stream):
@@ -262,9 +262,13 @@ def _make_socket(family: socket.AddressFamily) -> socket.socket:
 
 
 def _prepare(sock: socket.socket) -> None:
-    """Set what every TCP connection of ours needs (tcp(7))."""
+    """Set what every TCP connection of ours needs (tcp(7)).
+
+    TCP_USER_TIMEOUT is not of that kind: it also ends a connection whose reader stops for that
+    long, though its host answers all the time.
+    """
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # a reply must not wait for an ACK
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, DEAD_AFTER_MS)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a host that fell silent
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, DEAD_AFTER_MS // 2000)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, PROBE_AFTER_S)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, PROBES)
