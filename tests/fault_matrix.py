@@ -126,7 +126,7 @@ CASES = {
         {**ONE_CLIENT, GRPC: "gRPC accepts by itself, and does not let us choose",
          ZMQ: "libzmq ends the process or spins when accept(2) has no descriptor left"}),
     26: Case("`ipcrm` of what is in use", "UNAVAILABLE within 1 s",
-        shown_by("test_ipcrm_of_live_objects"),
+        shown_by("test_ipcrm_of_live_objects", "test_ipcrm_at_any_moment"),
         {tuple(name for name in TRANSPORTS if name not in SYSV): "No System V objects"}),
     27: Case("a hundred at once; ten thousand come and go", "fair; memory and descriptors flat",
         shown_by("test_many_clients_at_once", "test_a_hundred_clients_share_fairly",

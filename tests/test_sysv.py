@@ -12,17 +12,18 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
 import sysv_ipc
 
-from hosts import needs_root
+from hosts import needs_root, of_clients
 from ipc_bridge import CallError, Error, Status, connect
 from ipc_bridge.transports import sysv_watcher
 from peer_support import client, kill, peer, run_client, served
-from processes import cpu_s, enter_private_ipc, sleeps, sysv_objects, threads
+from probe_support import Peers
+from processes import cpu_s, enter_private_ipc, sleeps, stopped, sysv_objects, threads
 from support import LANGUAGES, SLOW, Exit, listen_url, until
 
 SCHEMES = ("sysv-queue", "sysv-shm")
@@ -153,6 +154,47 @@ def test_ipcrm_of_live_objects(scheme: str, server: str, caller: str, tmp_path: 
             assert process.returncode == Exit.UNAVAILABLE, errors
         with connect(up.url, timeout=2.0) as bridge:
             assert bytes(bridge.echo(b"next", timeout=2.0)) == b"next"
+
+
+@over_schemes
+@pytest.mark.parametrize("moment", ["idle", "reading", "writing", "unread"])
+@of_clients
+def test_ipcrm_at_any_moment(scheme: str, moment: str, caller: str, runtime: Path) -> None:
+    """Row 26: whichever is removed, also while neither peer can notice by itself: the server stands
+    still, or has to wait for a client that does not read. (The server's language makes no
+    difference here; the segment has no name left that ipcrm could remove.)"""
+    (server,) = set(LANGUAGES) - {caller}
+    quiet = sysv_objects()
+    with closing(Peers(scheme, (caller, server), runtime)) as peers:
+        peers.serve()
+        clients, targets = [], []
+        for index in range(2 if scheme == "sysv-queue" else 4):
+            before = sysv_objects()
+            clients.append(peers.connect())
+            clients[-1].do(op="echo", size=1)
+            targets.append(sorted(sysv_objects() - before)[index])  # a further one of each
+        assert peers.server is not None
+        with stopped(peers.server.pid) if moment in ("reading", "writing") else nullcontext():
+            for client in clients:
+                if moment == "unread":
+                    pause = {"pause_at": 1, "pause_s": 2 * SEEN_S}
+                    client.send(op="stream", count=10**6, size=4096, **pause)
+                elif moment != "idle":
+                    client.send(op="echo", size=1 if moment == "reading" else 1 << 20)
+            time.sleep(0.1)  # the case itself: the calls are on their way, and get no further
+            for target in targets:
+                remove(target)
+            if moment in ("reading", "writing"):
+                began = time.monotonic()
+                assert {one.receive(SEEN_S)["status"] for one in clients} == {"UNAVAILABLE"}
+                assert time.monotonic() - began < SEEN_S
+        assert until(lambda: sysv_objects() <= quiet, SEEN_S)
+        if moment == "idle":
+            for client in clients:
+                client.send(op="echo", size=1)
+        if moment in ("idle", "unread"):
+            assert {one.receive()["status"] for one in clients} == {"UNAVAILABLE"}
+        peers.check_others()
 
 
 @over_schemes

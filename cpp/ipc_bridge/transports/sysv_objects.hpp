@@ -53,6 +53,12 @@ inline std::uint32_t random_bits() {
 
 enum class Kind : std::uint8_t { QUEUE, SEMAPHORE, SEGMENT };
 
+// Has somebody removed the object? (Which of the first two it is, is a matter of the moment.) Or
+// closed it to us, by its mode? Nothing more will come then.
+inline bool is_removed(int number) {
+    return number == EIDRM || number == EINVAL || number == EACCES;
+}
+
 // A queue, a semaphore or a segment, by its id; below 0: there is none, and errno says why.
 // (Python's sysv_ipc has a class for each.)
 struct Object {
@@ -86,6 +92,16 @@ struct Object {
             default:
                 checked(::shmctl(id, IPC_STAT, &segment), "shmctl", "segment");
                 return segment.shm_perm;
+        }
+    }
+
+    // Has somebody removed it, or closed it to us?
+    bool is_gone() const {
+        try {
+            owner();
+            return false;
+        } catch (const SystemError& error) {
+            return is_removed(error.error_number);
         }
     }
 
@@ -132,12 +148,6 @@ inline void remove_objects(std::uint32_t key) {
         } catch (const Error&) {  // gone, or another user's
         }
     }
-}
-
-// Has somebody removed the object? (Which of the first two it is, is a matter of the moment.) Or
-// closed it to us, by its mode? Nothing more will come then.
-inline bool is_removed(int number) {
-    return number == EIDRM || number == EINVAL || number == EACCES;
 }
 
 // What a client is told when something cannot be made.

@@ -1,7 +1,9 @@
 // What the transports over System V objects share: how their connections begin, and how they end.
 //
 // In life, objects go as soon as nobody can need them. Who closes first removes what it reads from;
-// its peer, told by the life-line's end, takes what is left unread and removes everything.
+// its peer, told by the life-line's end, takes what is left unread and removes everything. If
+// somebody else removes one (ipcrm), the client sees it within a quarter of a second, whatever
+// either peer does, and goes; so a server with idle clients sleeps on.
 //
 // Copy with it: errors, system, meeting, unix_address, sysv_objects, sysv_watcher.
 #pragma once
@@ -147,8 +149,18 @@ inline void part(
 class SysvStream : public Stream, public Watched {
   public:
     // `journal` is the server's, which has reserved `key`; a client has none. (`begin` follows.)
-    SysvStream(Fd&& life_line, Wait wait, std::uint32_t key, std::shared_ptr<Journal> journal)
-        : Stream(wait), Watched(std::move(life_line)), key_(key), journal_(std::move(journal)) {}
+    SysvStream(
+        Fd&& life_line,
+        const std::vector<Object>& objects,
+        Wait wait,
+        std::uint32_t key,
+        std::shared_ptr<Journal> journal
+    )
+        : Stream(wait),
+          Watched(std::move(life_line)),
+          key_(key),
+          objects_(objects),
+          journal_(std::move(journal)) {}
 
     bool on_gone() override {
         const std::lock_guard lock(lock_);
@@ -165,6 +177,12 @@ class SysvStream : public Stream, public Watched {
         if (sleeping_) {
             wake();
         }
+    }
+
+    bool is_broken() override {
+        return std::any_of(objects_.begin(), objects_.end(), [](const Object& one) {
+            return one.is_gone();
+        });
     }
 
     // Throws Error: UNIMPLEMENTED. The kernel has no descriptor for a System V object, so none can
@@ -221,6 +239,7 @@ class SysvStream : public Stream, public Watched {
     // the life-line with the caller, whose peer is to be told.
     void begin(Fd& life_line) {
         try {
+            look_ns = journal_ ? never : now_ns() + look_every_ns;
             watcher_ = watch(*this);
         } catch (...) {
             life_line = std::move(life_line_);
@@ -320,6 +339,7 @@ class SysvStream : public Stream, public Watched {
         }
     }
 
+    std::vector<Object> objects_;
     std::shared_ptr<Journal> journal_;
     Watcher* watcher_ = nullptr;
     bool settled_ = false;  // the objects are gone, and the life-line with them

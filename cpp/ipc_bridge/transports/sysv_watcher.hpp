@@ -2,7 +2,8 @@
 //
 // msgrcv(2) and semop(2) wait for their own objects and for nothing else: neither the peer's end
 // nor a deadline wakes them. (semtimedop(2) could do the latter; Python has no way to it.) One
-// thread a process waits for both instead.
+// thread a process waits for both instead. And it looks after objects that nobody waits on: the
+// kernel tells their removal, by ipcrm(1), to those who sleep on them and to nobody else.
 //
 // Copy with it: errors, system, meeting, unix_address.
 #pragma once
@@ -27,7 +28,11 @@
 namespace ipc_bridge {
 namespace sysv {
 
-// What the watcher looks after: a life-line, and a time to wake somebody.
+// How often to look whether what is shared with a peer is still there: its removal is to be seen
+// within a second, also on a busy machine.
+inline constexpr std::int64_t look_every_ns = 250'000'000;
+
+// What the watcher looks after: a life-line, a time to wake somebody, and a time to look.
 class Watched {
   public:
     explicit Watched(Fd life_line) : life_line_(std::move(life_line)), fd(life_line_.get()) {}
@@ -35,11 +40,15 @@ class Watched {
     Watched(const Watched&) = delete;
     Watched& operator=(const Watched&) = delete;
 
-    // The peer has gone. True: forget this. May neither watch nor unwatch.
+    // The peer has gone, or what is shared with it. True: forget this. May neither watch nor
+    // unwatch.
     virtual bool on_gone() = 0;
 
     // `wake_ns` has come. The same holds.
     virtual void on_time() {}
+
+    // `look_ns` has come: is something gone of what is shared with the peer? The same holds.
+    virtual bool is_broken() { return false; }
 
   protected:
     Fd life_line_;
@@ -47,6 +56,7 @@ class Watched {
   public:
     const int fd;
     std::atomic<std::int64_t> wake_ns = never;
+    std::int64_t look_ns = never;  // the watcher's, once it has this
 };
 
 // One thread a process, while there is something to watch: asleep until a life-line ends or a time
@@ -72,6 +82,7 @@ class Watcher {
         control(EPOLL_CTL_ADD, one.fd, EPOLLRDHUP | EPOLLONESHOT);
         all_.insert(&one);
         by_fd_[one.fd] = &one;
+        plan(one.look_ns);
     }
 
     void remove(Watched& one) {
@@ -130,12 +141,17 @@ class Watcher {
                 tell_gone(ready[i].data.fd);
             }
             const std::int64_t now = now_ns();
-            for (Watched* one : all_) {
+            std::erase_if(all_, [&](Watched* one) {
                 if (one->wake_ns <= now) {
                     one->wake_ns = never;
                     one->on_time();
                 }
-            }
+                if (one->look_ns > now) {
+                    return false;
+                }
+                one->look_ns = now + look_every_ns;
+                return one->is_broken() && tell(*one);
+            });
             if (all_.empty()) {
                 if (current().get() == this) {  // nobody joins
                     thread_.detach();
@@ -151,7 +167,7 @@ class Watcher {
         const std::lock_guard lock(changes());
         std::int64_t first = never;
         for (const Watched* one : all_) {
-            first = std::min(first, one->wake_ns.load());
+            first = std::min({first, one->wake_ns.load(), one->look_ns});
         }
         return first;
     }
@@ -160,12 +176,18 @@ class Watcher {
         // The event may be of a descriptor that was closed since, whose number a new one has now.
         if (const auto found = by_fd_.find(fd); found != by_fd_.end() && meeting::is_over(fd)) {
             Watched* one = found->second;
-            by_fd_.erase(found);
-            ::epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, fd, nullptr);
-            if (one->on_gone()) {
+            if (tell(*one)) {
                 all_.erase(one);
             }
         }
+    }
+
+    // That it is over, once. True: forget it.
+    bool tell(Watched& one) {
+        by_fd_.erase(one.fd);
+        ::epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, one.fd, nullptr);
+        one.look_ns = never;
+        return one.on_gone();
     }
 
     Fd epoll_;

@@ -42,6 +42,15 @@ Object = Any
 REMOVED = (sysv_ipc.ExistentialError, sysv_ipc.PermissionsError)
 
 
+def is_gone(one: Object) -> bool:
+    """Has somebody removed it, or closed it to us?"""
+    try:
+        _ = one.uid  # asks the kernel
+    except REMOVED:
+        return True
+    return False
+
+
 def remove(one: Object) -> None:
     """Idempotent, whoever was first."""
     with contextlib.suppress(sysv_ipc.Error, OSError):

@@ -62,7 +62,7 @@ class QueueStream(Way):
         key: int,
         journal: Journal | None,
     ) -> None:
-        SysvStream.__init__(self, life_line, wait, key, journal)
+        SysvStream.__init__(self, life_line, objects, wait, key, journal)
         to_server, to_client = objects
         is_server = journal is not None
         self._in, self._out = (to_server, to_client) if is_server else (to_client, to_server)

@@ -84,7 +84,7 @@ class ShmStream(Way):
         key: int,
         journal: Journal | None,
     ) -> None:
-        SysvStream.__init__(self, life_line, wait, key, journal)
+        SysvStream.__init__(self, life_line, objects, wait, key, journal)
         is_server = journal is not None
         to_server, to_client = Half(*objects[0:2]), Half(*objects[2:4])
         self._in, self._out = (to_server, to_client) if is_server else (to_client, to_server)

@@ -1,7 +1,9 @@
 """What the transports over System V objects share: how their connections begin, and how they end.
 
 In life, objects go as soon as nobody can need them. Who closes first removes what it reads from;
-its peer, told by the life-line's end, takes what is left unread and removes everything.
+its peer, told by the life-line's end, takes what is left unread and removes everything. If somebody
+else removes one (ipcrm), the client sees it within a quarter of a second, whatever either peer
+does, and goes; so a server with idle clients sleeps on.
 
 Copy with it: errors, system, meeting, unix_address, sysv_objects, sysv_watcher.
 """
@@ -27,11 +29,12 @@ from ipc_bridge.transports.sysv_objects import (
     SLOT,
     Journal,
     Object,
+    is_gone,
     is_ours,
     refusal,
     remove,
 )
-from ipc_bridge.transports.sysv_watcher import Watched, unwatch, watch
+from ipc_bridge.transports.sysv_watcher import LOOK_EVERY_NS, Watched, unwatch, watch
 
 PARTED_MAX = 256  # clients that have not left a closed connection; beyond, the oldest loses it
 YIELDS_MAX = 64  # to a peer that is about to read; then there is no room for longer
@@ -107,12 +110,18 @@ class SysvStream(Stream, Watched):
     """
 
     def __init__(
-        self, life_line: socket.socket, wait: Wait, key: int, journal: Journal | None
+        self,
+        life_line: socket.socket,
+        objects: Sequence[Object],
+        wait: Wait,
+        key: int,
+        journal: Journal | None,
     ) -> None:
         """`journal` is the server's, which has reserved `key`; a client has none."""
         Watched.__init__(self, life_line)
         self.spinner = Spinner(wait)
         self._key = key
+        self._objects = objects
         self._journal = journal
         self._lock = threading.Lock()
         self._over = False  # the peer has gone
@@ -124,6 +133,7 @@ class SysvStream(Stream, Watched):
 
     def _begin(self) -> None:
         """Once all is there for the watcher: the last of what a constructor does."""
+        self.look_ns = NEVER if self._journal is not None else now_ns() + LOOK_EVERY_NS
         self._watcher = watch(self)
 
     @abstractmethod
@@ -162,6 +172,9 @@ class SysvStream(Stream, Watched):
     def on_time(self) -> None:
         if self._sleeping:
             self._wake()
+
+    def is_broken(self) -> bool:
+        return any(is_gone(one) for one in self._objects)
 
     def fileno(self) -> int:
         """Raises Error: UNIMPLEMENTED. The kernel has no descriptor for a System V object, so none
@@ -353,13 +366,14 @@ class SysvTransport(Transport):
         size = part.size if part.kind is sysv_ipc.MessageQueue else 0
         try:
             found = part.kind(key + part.number, 0, 0o600, size)
+            uid = found.cuid
         except sysv_ipc.ExistentialError:
             what = "the server's objects are not here: they have gone, or are in another"
             raise Error(Status.UNAVAILABLE, f"{what} IPC namespace", self.url) from None
         except (sysv_ipc.Error, OSError) as error:
             raise refusal("open", error) from None
-        if found.cuid not in (os.geteuid(), 0):
-            what = f"the server's objects are of uid {found.cuid}"
+        if uid not in (os.geteuid(), 0):
+            what = f"the server's objects are of uid {uid}"
             raise Error(Status.PERMISSION_DENIED, what, self.url)
         return found
 

@@ -2,7 +2,8 @@
 
 msgrcv(2) and semop(2) wait for their own objects and for nothing else: neither the peer's end nor
 a deadline wakes them. (semtimedop(2) could do the latter; sysv_ipc's wheels leave it out.) One
-thread a process waits for both instead.
+thread a process waits for both instead. And it looks after objects that nobody waits on: the kernel
+tells their removal, by ipcrm(1), to those who sleep on them and to nobody else.
 
 Copy with it: errors, system, meeting, unix_address.
 """
@@ -16,11 +17,16 @@ from ipc_bridge.errors import Error, Status
 from ipc_bridge.system import NEVER, Wakeup, now_ns, remaining_ms
 from ipc_bridge.transports.meeting import is_over
 
+# How often to look whether what is shared with a peer is still there: its removal is to be seen
+# within a second, also on a busy machine.
+LOOK_EVERY_NS = 250_000_000
+
 
 class Watched(ABC):
-    """What the watcher looks after: a life-line, and a time to wake somebody."""
+    """What the watcher looks after: a life-line, a time to wake somebody, and a time to look."""
 
     wake_ns = NEVER
+    look_ns = NEVER  # the watcher's, once it has this
 
     def __init__(self, life_line: socket.socket) -> None:
         self.life_line = life_line
@@ -28,10 +34,15 @@ class Watched(ABC):
 
     @abstractmethod
     def on_gone(self) -> bool:
-        """The peer has gone. True: forget this. May neither watch nor unwatch."""
+        """The peer has gone, or what is shared with it. True: forget this. May neither watch nor
+        unwatch."""
 
     def on_time(self) -> None:  # noqa: B027  # most set no `wake_ns`
         """`wake_ns` has come. The same holds."""
+
+    def is_broken(self) -> bool:
+        """`look_ns` has come: is something gone of what is shared with the peer? The same holds."""
+        return False
 
 
 class Watcher:
@@ -62,6 +73,7 @@ class Watcher:
         self._epoll.register(one.fd, select.EPOLLRDHUP | select.EPOLLONESHOT)
         self.all[one] = None
         self._by_fd[one.fd] = one
+        self.plan(one.look_ns)
 
     def remove(self, one: Watched) -> None:
         self.all.pop(one, None)
@@ -90,9 +102,15 @@ class Watcher:
             with _changes:
                 for fd, _ in ready:
                     self._tell_gone(fd)
-                for one in [one for one in self.all if one.wake_ns <= now_ns()]:
-                    one.wake_ns = NEVER
-                    one.on_time()
+                now = now_ns()
+                for one in [one for one in self.all if min(one.wake_ns, one.look_ns) <= now]:
+                    if one.wake_ns <= now:
+                        one.wake_ns = NEVER
+                        one.on_time()
+                    if one.look_ns <= now:
+                        one.look_ns = now + LOOK_EVERY_NS
+                        if one.is_broken():
+                            self._tell(one)
                 if not self.all:
                     global _watcher
                     if _watcher is self:  # nobody joins
@@ -105,16 +123,21 @@ class Watcher:
         self._poke.close()
 
     def _first_ns(self) -> int:
-        return min((one.wake_ns for one in list(self.all)), default=NEVER)
+        return min((min(one.wake_ns, one.look_ns) for one in list(self.all)), default=NEVER)
 
     def _tell_gone(self, fd: int) -> None:
         one = self._by_fd.get(fd)
         # The event may be of a descriptor that was closed since, whose number a new one has now.
         if one is not None and is_over(one.life_line):
-            del self._by_fd[fd]
-            self._epoll.unregister(fd)
-            if one.on_gone():
-                del self.all[one]
+            self._tell(one)
+
+    def _tell(self, one: Watched) -> None:
+        """That it is over, once."""
+        del self._by_fd[one.fd]
+        self._epoll.unregister(one.fd)
+        one.look_ns = NEVER
+        if one.on_gone():
+            del self.all[one]
 
 
 _changes = threading.Lock()  # of what is watched; held while somebody is told
