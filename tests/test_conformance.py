@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from ipc_bridge import Status
+from ipc_bridge.transports import sysv_queue, sysv_shm
+from ipc_bridge.transports.sysv_objects import limit
 from peer_support import GONE_S
 from probe_support import Peers
 from processes import is_gone, memory_peak_bytes, stopped
@@ -58,10 +60,19 @@ def test_sizes_around_every_buffer(peers: Peers) -> None:
     """Row 2: at each limit, for a payload and for a whole frame; 10^5 is the window."""
     window = 100_000
     client = peers.start("--window", str(window))
-    for limit in (4096, 8192, 16384, 65536, 262144, window):
-        for size in (limit - 17, limit - 16, limit - 15, limit - 1, limit, limit + 1):
+    for edge in {4096, 8192, 16384, 65536, 262144, window, *own_edges(peers.transport)}:
+        for size in (edge - 17, edge - 16, edge - 15, edge - 1, edge, edge + 1):
             client.do(op="echo", size=size, seed=size)
             assert client.do(op="stream", count=3, size=size)["items"] == 3
+
+
+def own_edges(transport: str) -> tuple[int, ...]:
+    """Of a transport's own: a chunk, and as much as lies there unread."""
+    if transport == "sysv-shm":
+        return (sysv_shm.CHUNK_BYTES, sysv_shm.SLOTS * sysv_shm.CHUNK_BYTES)
+    if transport == "sysv-queue":  # as large as the machine allows
+        return (*sysv_queue.QueueStream.offer(), limit("msgmnb"))
+    return ()
 
 
 def test_large_payloads(peers: Peers) -> None:
