@@ -1,10 +1,12 @@
 """`ipc-bridge doctor`: what this machine allows and lacks, what was left behind, and what to do.
 
 It changes nothing, and needs none of the libraries that it looks for. Objects are ours by the mark
-in their key (ipc_bridge.transports.sysv_objects); whether somebody still uses one, it cannot know:
-a live server's look the same, so it tells how to remove them and leaves that to its reader.
+in their key (ipc_bridge.transports.sysv_objects), files by their names and kinds; in use is what a
+process has open: a server's lock, its journal, and the keys noted there. (Not seen are processes in
+another PID namespace; so it tells how to remove a thing, and leaves that to its reader.)
 """
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -12,12 +14,21 @@ import pwd
 import re
 import resource
 import shutil
+import stat
+import struct
+import tempfile
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import click
 
 KEY_MARK, KEY_MASK = 0x1BC00000, 0xFFF00000  # as in sysv_objects, which needs sysv_ipc
+KEYS_EACH = 4
+KEY = struct.Struct("<I")
+JOURNAL = re.compile(r"\.keys-[0-9a-f]{8}$")
+SHM = Path("/dev/shm")
+RING_BYTES = 2 * 16 * (64 + 16384)  # of the bare shm_ring, which has no other mark
 CLIENTS = 256  # what a server takes by default: the limits should not bite earlier
 SHM_BYTES_EACH = 768 << 10  # of memory for a client of the shared-memory transports
 TOOLS = {  # and what each is for
@@ -116,8 +127,44 @@ def find_tools() -> list[Finding]:
     return found
 
 
-def find_leftovers() -> list[Finding]:
-    """System V objects that carry our mark, proc(5)."""
+def find_leftovers(directories: Iterable[Path]) -> list[Finding]:
+    """What nobody uses any more, of the System V objects that carry our mark, and of the files that
+    servers and the bare shm_ring leave in some directories if they are killed."""
+    used = files_in_use()
+    found = find_objects(keys_in_use(used))
+    for directory in directories:
+        with contextlib.suppress(OSError):
+            for path in sorted(directory.iterdir()):
+                with contextlib.suppress(OSError):
+                    found += find_files(path, used)
+    return found or [Finding("leftovers", "objects and files", "none")]
+
+
+def files_in_use() -> dict[str, str]:
+    """The files that processes have open, and the way to each in /proc. (One user does not see
+    those of another.)"""
+    used = {}
+    for process in Path("/proc").glob("[0-9]*/fd"):
+        with contextlib.suppress(OSError):
+            for entry in process.iterdir():
+                with contextlib.suppress(OSError):
+                    used[os.readlink(entry)] = str(entry)
+    return used
+
+
+def keys_in_use(used: dict[str, str]) -> set[int]:
+    """The keys in the journals of live servers, sysv_objects."""
+    keys = set()
+    for name, way in used.items():
+        if JOURNAL.search(name.removesuffix(" (deleted)")):
+            with contextlib.suppress(OSError, struct.error):
+                for (first,) in KEY.iter_unpack(Path(way).read_bytes()):
+                    keys |= set(range(first, first + KEYS_EACH))
+    return keys
+
+
+def find_objects(used: set[int]) -> list[Finding]:
+    """System V objects with our mark that the user can remove, proc(5)."""
     found = []
     for kind, option in (("msg", "-q"), ("sem", "-s"), ("shm", "-m")):
         try:
@@ -127,17 +174,45 @@ def find_leftovers() -> list[Finding]:
         for line in lines:
             fields = dict(zip(first.split(), line.split(), strict=False))
             key, number = int(fields["key"]), line.split()[1]  # msqid, semid or shmid
-            if key & KEY_MASK != KEY_MARK:
-                continue
-            advice = (
-                f"if no server runs: start one at its address again, or ipcrm {option} {number}"
-            )
             owner = int(fields["uid"])
-            if owner not in (os.geteuid(), 0) and os.geteuid() != 0:
-                advice = f"its owner, {name_of(owner)}, can remove it"
-            name = f"{kind} {key:#x}"
-            found.append(Finding("leftovers", name, f"id {number} of {name_of(owner)}", advice))
-    return found or [Finding("leftovers", "System V objects", "none")]
+            if key & KEY_MASK == KEY_MARK and key not in used and is_removable(owner):
+                value = f"id {number} of {name_of(owner)}"
+                advice = f"start a server at its address again, or ipcrm {option} {number}"
+                found.append(Finding("leftovers", f"{kind} {key:#x}", value, advice))
+    return found
+
+
+def find_files(path: Path, used: dict[str, str]) -> list[Finding]:
+    """Is it a lock, a journal or a ring that nobody has open?"""
+    info = path.lstat()
+    if not is_removable(info.st_uid):
+        return []
+    lock, address = path, path.with_name(path.name.removesuffix(".lock"))
+    if stat.S_ISDIR(info.st_mode):
+        lock, address = path / "lock", path / "listen"  # of a pipe
+        info = lock.lstat()
+    if str(lock.resolve()) in used or not stat.S_ISREG(info.st_mode):
+        return []
+    if JOURNAL.search(path.name):
+        value, advice = "a dead server's journal", f"start a server at {JOURNAL.sub('', str(path))}"
+    elif address != path and info.st_size == 0 and has_door(address):
+        value, advice = "a dead server's lock", f"start a server there, or rm {lock} {address}"
+    elif path.parent == SHM and info.st_size == RING_BYTES:
+        value, advice = "a ring of the bare shm_ring", f"rm {path}"
+    else:
+        return []
+    return [Finding("leftovers", str(path), value, advice)]
+
+
+def has_door(path: Path) -> bool:
+    """Is it where clients arrive: a socket or a FIFO, 0600?"""
+    mode = path.lstat().st_mode
+    return (stat.S_ISSOCK(mode) or stat.S_ISFIFO(mode)) and stat.S_IMODE(mode) == 0o600
+
+
+def is_removable(owner: int) -> bool:
+    """May this user remove what belongs to that one?"""
+    return os.geteuid() in (owner, 0)
 
 
 def name_of(uid: int) -> str:
@@ -148,14 +223,23 @@ def name_of(uid: int) -> str:
         return str(uid)
 
 
+def usual_directories() -> list[Path]:
+    """Where addresses mostly are, and the bare shm_ring."""
+    runtime = os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.getuid()}"
+    return [Path(tempfile.gettempdir()), Path(runtime), SHM]
+
+
 @click.command()
+@click.argument("directories", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="one JSON array, for programs")
-def doctor(as_json: bool) -> int:
+def doctor(directories: tuple[Path, ...], as_json: bool) -> int:
     """Say what this machine allows and lacks, what was left behind, and what to do about it.
 
-    Exits with 0 if there is nothing to do, else with 1.
+    What servers that were killed have left is looked for in DIRECTORIES; by default in those for
+    temporary and run-time files. Exits with 0 if there is nothing to do, else with 1.
     """
-    found = [*find_limits(), *find_machine(), *find_tools(), *find_leftovers()]
+    left = find_leftovers(directories or usual_directories())
+    found = [*find_limits(), *find_machine(), *find_tools(), *left]
     if as_json:
         click.echo(json.dumps([asdict(one) for one in found]))
     else:
