@@ -12,7 +12,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -22,12 +22,21 @@ from hosts import needs_root, of_clients
 from ipc_bridge import CallError, Error, Status, connect
 from ipc_bridge.transports import sysv_watcher
 from peer_support import client, kill, peer, run_client, served
-from probe_support import Peers
-from processes import cpu_s, enter_private_ipc, sleeps, stopped, sysv_objects, threads
-from support import LANGUAGES, SLOW, Exit, listen_url, until
+from probe_support import Client, Peers, Server
+from processes import (
+    cpu_s,
+    enter_private_ipc,
+    sleeps,
+    state,
+    stopped,
+    sysv_objects,
+    threads,
+)
+from support import LANGUAGES, PAIRINGS, SLOW, Exit, listen_url, until
 
 SCHEMES = ("sysv-queue", "sysv-shm")
 SEEN_S = 1.0 * SLOW
+SHM_DEST = 0o1000  # of a segment's mode: it goes with its last user, shmctl(2)
 
 over_schemes = pytest.mark.parametrize("scheme", SCHEMES)
 of_servers = pytest.mark.parametrize("server", LANGUAGES)
@@ -195,6 +204,42 @@ def test_ipcrm_at_any_moment(scheme: str, moment: str, caller: str, runtime: Pat
         if moment in ("idle", "unread"):
             assert {one.receive()["status"] for one in clients} == {"UNAVAILABLE"}
         peers.check_others()
+
+
+@pytest.mark.parametrize("pairing", PAIRINGS, ids="-".join)
+def test_the_segment_is_marked_once_both_have_it(pairing: tuple[str, str], runtime: Path) -> None:
+    """It has no name then, ipcrm changes nothing, and the kernel removes it with its last user,
+    however both go."""
+    with ExitStack() as killed:
+        up = Server(pairing[1], listen_url("sysv-shm", runtime))
+        killed.callback(up.kill)
+        client = Client(pairing[0], up.url)
+        killed.callback(client.kill)
+        client.do(op="echo", size=1)
+        assert segments_of(up.pid) == [(0, SHM_DEST | 0o600, 2)]
+        (number,) = (one["shmid"] for one in segments() if int(one["cpid"]) == up.pid)
+        subprocess.run(["ipcrm", "-m", number], check=True)
+        client.do(op="echo", size=1 << 20)
+        client.signal(signal.SIGSTOP)  # so that it does not leave by itself
+        assert until(lambda: state(client.pid) == "T")
+        up.kill()
+        assert segments_of(up.pid) == [(0, SHM_DEST | 0o600, 1)]
+        client.kill()
+        assert segments_of(up.pid) == []
+    with served(listen_url("sysv-shm", runtime), "cpp"):
+        pass  # it takes what the others have left: semaphores, and files
+
+
+def segments() -> list[dict[str, str]]:
+    """All there are, proc(5)."""
+    first, *lines = Path("/proc/sysvipc/shm").read_text().splitlines()
+    return [dict(zip(first.split(), line.split(), strict=False)) for line in lines]
+
+
+def segments_of(pid: int) -> list[tuple[int, int, int]]:
+    """Of those that a process has made: the key, the mode, and how many have it attached."""
+    mine = [one for one in segments() if int(one["cpid"]) == pid]
+    return [(int(one["key"]), int(one["perms"], 8), int(one["nattch"])) for one in mine]
 
 
 @over_schemes
