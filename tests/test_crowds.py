@@ -3,14 +3,17 @@ to idle or to read no further (rows 4 and 10)."""
 
 import os
 import resource
+import socket
 import time
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from hosts import SEEN_S, Host, of_servers, over_transports
 from ipc_bridge import Error, Status, connect
+from ipc_bridge.transports.meeting import is_over
 from ipc_bridge.transports.pipe import PipeStream
 from peer_support import (
     served,
@@ -20,6 +23,7 @@ from processes import (
     cpu_s,
     fds,
     rss_bytes,
+    sysv_objects,
     threads,
 )
 from raw import (
@@ -35,6 +39,8 @@ from raw import (
 from support import FRAMED, LANGUAGES, MIB, SANITIZED, listen_url, until
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
+
+MEETING = ["shm", "sysv-queue", "sysv-shm"]  # where no more than a socket is there at first
 
 # --- rows 25 and 30: too many ---
 
@@ -150,6 +156,49 @@ def test_a_crowd_has_a_bound(scheme: str, server: str, runtime: Path) -> None:
         assert max(most, threads(up.pid)) <= STRANGERS_MAX + 8  # of its own, or about to end
 
 
+def stranger(url: str) -> socket.socket:
+    """One who knocks where peers meet, and says nothing."""
+    knocking = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    knocking.connect(url.partition("://")[2])
+    return knocking
+
+
+@of_servers
+@pytest.mark.parametrize("scheme", MEETING)
+def test_a_thousand_who_never_finish_the_meeting(scheme: str, server: str, runtime: Path) -> None:
+    """Row 30: nothing but a descriptor is made for each, of the newest, and who comes then is
+    served at once."""
+    others = sysv_objects()
+    with served(listen_url(scheme, runtime), server) as up, ExitStack() as crowd:
+
+        def shared() -> int:
+            """How many rings, queues and semaphores there are for its clients."""
+            rings = Path(f"/proc/{up.pid}/maps").read_text().count("/memfd:")
+            return rings + len(sysv_objects() - others)
+
+        with connect(up.url) as control:
+            control.echo(b"warm")
+            assert shared() > 0
+        assert until(lambda: shared() == 0)
+        at_first = fds(up.pid), threads(up.pid), rss_bytes(up.pid)
+        silent: list[socket.socket] = []
+        for _ in range(4):  # so that no more descriptors are open here than anybody may have
+            silent += [crowd.enter_context(stranger(up.url)) for _ in range(250)]
+            while len(silent) > STRANGERS_MAX:  # the newest are in by now, and the oldest are not
+                oldest = silent.pop(0)
+                assert until(partial(is_over, oldest))
+                oldest.close()
+        began = time.monotonic()
+        with connect(up.url, timeout=SEEN_S) as bridge:
+            assert bytes(bridge.echo(b"hello", timeout=SEEN_S)) == b"hello"
+        assert time.monotonic() - began < SEEN_S
+        assert until(lambda: shared() == 0)
+        assert fds(up.pid) - at_first[0] <= STRANGERS_MAX + 1
+        assert until(lambda: threads(up.pid) <= at_first[1])
+        if not SANITIZED:
+            assert rss_bytes(up.pid) - at_first[2] < MIB
+
+
 @of_servers
 @over_transports
 def test_ten_thousand_come_and_go(scheme: str, server: str, runtime: Path) -> None:
@@ -216,9 +265,10 @@ def test_a_crowd_that_never_says_hello(scheme: str, server: str, runtime: Path) 
 
 
 def test_who_never_says_hello_is_dropped(tmp_path: Path) -> None:
-    """After 5 s; all servers wait at the same time."""
+    """After 5 s, be it before or after the meeting; all servers wait at the same time."""
     with ExitStack() as running:
         silent: list[Raw] = []
+        strangers: list[socket.socket] = []
         for language in LANGUAGES:
             for scheme in FRAMED:
                 directory = tmp_path / language
@@ -226,11 +276,16 @@ def test_who_never_says_hello_is_dropped(tmp_path: Path) -> None:
                 up = running.enter_context(served(listen_url(scheme, directory), language))
                 silent.append(running.enter_context(Raw.connect(up.url)))
                 silent[-1].send(hello()[:10])  # a part of one is none
+                if scheme in MEETING:
+                    strangers += [running.enter_context(stranger(up.url)) for _ in range(10)]
         began = time.monotonic()
         for raw in silent:
             left = 5 + SEEN_S - (time.monotonic() - began)
             raw.frames(seconds=max(0.0, left))
             assert raw.ended
+        for one in strangers:
+            one.settimeout(max(0.1, 5 + SEEN_S - (time.monotonic() - began)))
+            assert one.recv(1) == b""
         assert time.monotonic() - began > 3.0
 
 

@@ -370,28 +370,6 @@ def test_a_large_payload_through_a_tiny_queue(server: str, caller: str, tmp_path
 
 @over_schemes
 @of_servers
-def test_a_thousand_strangers_make_nothing(scheme: str, server: str, tmp_path: Path) -> None:
-    """Row 30: no object is made for who sends no record."""
-    import socket
-
-    before = sysv_objects()
-    with served(listen_url(scheme, tmp_path), server) as up:
-        silent = []
-        for _ in range(300):
-            sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            sock.connect(up.url.partition("://")[2])
-            silent.append(sock)
-        began = time.monotonic()
-        with connect(up.url, timeout=2.0) as bridge:
-            assert bytes(bridge.echo(b"hello", timeout=2.0)) == b"hello"
-        assert time.monotonic() - began < 2 * SEEN_S
-        assert until(lambda: sysv_objects() <= before, SEEN_S)
-        for sock in silent:
-            sock.close()
-
-
-@over_schemes
-@of_servers
 def test_nothing_unread_is_lost_when_the_server_leaves(
     scheme: str, server: str, tmp_path: Path
 ) -> None:
