@@ -83,7 +83,8 @@ class RpcClient:
             ("grpc.enable_channelz", 0),
             ("grpc.initial_reconnect_backoff_ms", CONNECT_RETRY_MS[0]),
             ("grpc.max_reconnect_backoff_ms", CONNECT_RETRY_MS[1]),
-            # (Not SingleThreadedUnaryStream, which never gives back a stream that is left early.)
+            # (Not SingleThreadedUnaryStream: it is quicker, and never gives back a stream that is
+            # left early, for who has cancelled cannot take its last events any more.)
         ]
         self._channel = (
             grpc.secure_channel(target, credentials, arguments)
@@ -102,7 +103,7 @@ class RpcClient:
         self._peer_payload_bytes_max = frame.PAYLOAD_BYTES_MAX
         self._items: RpcItems | None = None  # of the open stream
         self._closed = False
-        self._forks = Forks.count  # when it was made
+        self.forks = Forks.count  # when it was made
         Forks.clients.add(self)
 
     def meet(self, deadline_ns: int, missing: str) -> None:
@@ -155,7 +156,7 @@ class RpcClient:
 
     @property
     def is_forked(self) -> bool:
-        return self._forks != Forks.count
+        return self.forks != Forks.count
 
     def check_fork(self) -> None:
         if self.is_forked:
@@ -228,12 +229,14 @@ class RpcItems:
 
     def _cancelling(self) -> Generator[memoryview, None, None]:
         """As `__next__` until the end, but with less for each item."""
-        check_fork = self._caller.check_fork
+        caller = self._caller
+        forks, count = Forks, caller.forks
         try:
-            check_fork()
+            caller.check_fork()
             for response in self._responses if self.is_open else ():
                 yield memoryview(response.payload)
-                check_fork()
+                if forks.count != count:
+                    caller.check_fork()
             self.is_open = False
         except grpc.RpcError as error:
             if self.is_open:  # else it was closed meanwhile
