@@ -13,13 +13,14 @@ from pathlib import Path
 
 import pytest
 
+from hosts import SEEN_S
 from ipc_bridge import Status
 from ipc_bridge.transports import sysv_queue, sysv_shm
 from ipc_bridge.transports.sysv_objects import limit
 from peer_support import GONE_S
 from probe_support import Peers
-from processes import is_gone, memory_peak_bytes, stopped
-from support import PAIRINGS, SANITIZED, SLOW, TRANSPORTS, wait_until
+from processes import cpu_s, is_gone, memory_peak_bytes, stopped
+from support import ANSWER_S, PAIRINGS, SANITIZED, SLOW, TRANSPORTS, wait_until
 
 MIB = 1 << 20
 LATE_S = 0.25 * SLOW  # what an answer may come late: 100 ms, and a busy machine with two cores
@@ -46,6 +47,7 @@ also_blocking = pytest.mark.parametrize(
     + ["-".join((*pairing, name, "block")) for name, _, pairing in BLOCKING],
     indirect=True,
 )
+SPINNING = [name for name in TRANSPORTS if not name.startswith(("zmq", "grpc"))]  # they refuse to
 
 
 def test_any_bytes_come_back(peers: Peers) -> None:
@@ -330,6 +332,30 @@ def test_signals_all_the_time(peers: Peers) -> None:
     assert answer["status"] == "DEADLINE_EXCEEDED"
     assert 0.1 <= answer["elapsed_s"] < 0.1 + LATE_S
     client.do(op="echo", size=10)
+
+
+@pytest.mark.parametrize("pairing", [("cpp", "cpp"), ("py", "py")], ids="-".join)
+@pytest.mark.parametrize("transport", SPINNING)
+def test_peers_that_spin(
+    transport: str, pairing: tuple[str, str], nothing_left: None, tmp_path: Path
+) -> None:
+    """Rows 1, 8, 11, 12 and 14 in small, where neither end ever sleeps in the kernel for the other:
+    what it has to look at besides, it must look at while it polls."""
+    with contextlib.closing(Peers(transport, pairing, tmp_path, "?wait=spin")) as peers:
+        client = peers.start()
+        client.do(op="echo", size=100_000)
+        assert client.do(op="stream", count=5000, size=1000)["items"] == 5000
+        client.do(op="stream", count=5, size=100, rate=100.0)
+        assert client.do(op="call_stream", method=16, take=20)["items"] == 20
+        answer = client.ask(op="call", method=11, seconds=30.0, timeout=0.1)
+        assert answer["status"] == "DEADLINE_EXCEEDED"
+        assert 0.1 <= answer["elapsed_s"] < 0.1 + LATE_S
+        peers.check_freed(client)
+        used = cpu_s(client.pid)
+        client.send(op="call", method=11, seconds=60.0)
+        wait_until(lambda: cpu_s(client.pid) > used + 0.05, ANSWER_S, "the client polls")
+        peers.kill_server(client)
+        assert client.receive(SEEN_S)["status"] == "UNAVAILABLE"
 
 
 @only_stdio
