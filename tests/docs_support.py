@@ -11,7 +11,6 @@ port 5000, so that test runs do not meet.
 
 import re
 import shlex
-import socket
 import subprocess
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -64,14 +63,11 @@ def snippets(page: Path) -> Iterator[Snippet]:
         )
 
 
-class Place:
+class Place(NamedTuple):
     """Where addresses are, for one run of the tests."""
 
-    def __init__(self, directory: str) -> None:
-        self.directory = directory
-        with socket.socket() as sock:
-            sock.bind(("127.0.0.1", 0))
-            self.port = sock.getsockname()[1]
+    directory: str
+    port: int
 
     def put(self, text: str) -> str:
         """The text, with addresses of this run's own."""

@@ -5,7 +5,8 @@ import select
 import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import IntEnum
 from pathlib import Path
 
@@ -54,10 +55,24 @@ def listen_url(transport: str, directory: Path) -> str:
     return f"{transport}://{directory}/{transport}"
 
 
-def free_port_url(scheme: str) -> str:
-    """A URL of tcp, or on top of it, where nobody listens."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return f"{scheme}://127.0.0.1:{probe.getsockname()[1]}"
+@contextmanager
+def own_port() -> Iterator[int]:
+    """A port where nobody listens, and that the kernel gives to nobody else meanwhile, for it stays
+    bound. (That keeps no server from it that sets SO_REUSEADDR, as ours do: socket(7).)"""
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        yield held.getsockname()[1]
+
+
+@contextmanager
+def fixed_url(transport: str, directory: Path) -> Iterator[str]:
+    """Where a server will listen, known before it does; and its successor, too."""
+    if not transport.endswith("tcp"):
+        yield listen_url(transport, directory)
+    else:
+        with own_port() as port:
+            yield f"{transport}://127.0.0.1:{port}"
 
 
 def until(holds: Callable[[], bool], seconds: float = 5.0) -> bool:

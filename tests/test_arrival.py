@@ -22,7 +22,7 @@ from peer_support import (
     run_client,
     served,
 )
-from support import LANGUAGES, SLOW, TRANSPORTS, Exit, free_port_url, listen_url
+from support import LANGUAGES, SLOW, TRANSPORTS, Exit, fixed_url, listen_url
 
 WITH_SOCKETS = ["unix", "shm", "sysv-queue", "sysv-shm", "zmq+ipc"]
 WITH_FILES = ["pipe", *WITH_SOCKETS, "grpc+unix"]
@@ -229,8 +229,10 @@ def test_a_client_waits_for_its_server(
     scheme: str, caller: str, server: str, runtime: Path
 ) -> None:
     peer(server)
-    url = free_port_url(scheme) if scheme.endswith("tcp") else listen_url(scheme, runtime)
-    with client(caller, "echo", url, "--payload", "early", "--timeout", "8") as process:
+    with (
+        fixed_url(scheme, runtime) as url,
+        client(caller, "echo", url, "--payload", "early", "--timeout", "8") as process,
+    ):
         time.sleep(0.3)  # the case itself: nobody is there yet
         assert process.poll() is None
         with served(url, server):
@@ -240,7 +242,8 @@ def test_a_client_waits_for_its_server(
 @of_all
 @of_clients
 def test_without_a_server_a_client_gives_up(scheme: str, caller: str, runtime: Path) -> None:
-    url = free_port_url(scheme) if scheme.endswith("tcp") else listen_url(scheme, runtime)
-    began = time.monotonic()
-    assert run_client(caller, "echo", url, "--payload", "x", "--timeout", "0.3") == Exit.UNAVAILABLE
-    assert 0.3 <= time.monotonic() - began < 0.3 + 3.0 * SLOW  # a program takes a while to start
+    with fixed_url(scheme, runtime) as url:
+        began = time.monotonic()
+        code = run_client(caller, "echo", url, "--payload", "x", "--timeout", "0.3")
+        assert code == Exit.UNAVAILABLE
+        assert 0.3 <= time.monotonic() - began < 0.3 + 3.0 * SLOW  # a program takes long to start

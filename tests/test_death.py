@@ -32,7 +32,7 @@ from processes import (
     stopped,
     threads,
 )
-from support import FRAMED, LANGUAGES, Exit, listen_url, until
+from support import FRAMED, LANGUAGES, Exit, fixed_url, listen_url, until
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -116,11 +116,11 @@ def test_the_server_is_killed_under_a_client_object(
     scheme: str, server: str, tmp_path: Path
 ) -> None:
     """Row 18 too: what comes to life at the address later answers no call of the old connection."""
-    with ExitStack() as running:
-        with served(listen_url(scheme, tmp_path), server) as first:
-            clients = running.enter_context(of_each_language(first.url))
+    with fixed_url(scheme, tmp_path) as url, ExitStack() as running:
+        with served(url, server) as first:
+            clients = running.enter_context(of_each_language(url))
             kill(first.process)
-        check_restarted(first.url, server, clients)
+        check_restarted(url, server, clients)
 
 
 @over_transports
@@ -128,10 +128,10 @@ def test_the_server_is_killed_under_a_client_object(
 def test_the_server_is_restarted_under_a_client_object(
     scheme: str, server: str, runtime: Path
 ) -> None:
-    with ExitStack() as running:
-        with served(listen_url(scheme, runtime), server) as first:
-            clients = running.enter_context(of_each_language(first.url))
-        check_restarted(first.url, server, clients)
+    with fixed_url(scheme, runtime) as url, ExitStack() as running:
+        with served(url, server):
+            clients = running.enter_context(of_each_language(url))
+        check_restarted(url, server, clients)
 
 
 def check_restarted(url: str, server: str, clients: list[Client]) -> None:

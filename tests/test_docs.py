@@ -13,7 +13,7 @@ import pytest
 
 from docs_support import FENCE, PAGES, Place, compile_cpp, cpp_program, script, snippets
 from ipc_bridge.harness import parts
-from support import BUILD, QUICK, ROOT, SLOW
+from support import BUILD, QUICK, ROOT, SLOW, own_port
 
 TIMEOUT_S = 170.0 * SLOW
 PROSE = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *ROOT.glob("proto/*.md")]
@@ -28,8 +28,8 @@ def name_of(page: Path) -> str:
 
 @pytest.fixture(scope="module")
 def place() -> Iterator[Place]:
-    with tempfile.TemporaryDirectory(prefix="ipcb-", dir="/tmp") as directory:
-        yield Place(directory)
+    with tempfile.TemporaryDirectory(prefix="ipcb-", dir="/tmp") as directory, own_port() as port:
+        yield Place(directory, port)
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from ipc_bridge import connect
 from peer_support import client, ended, kill, run_client, served
 from probe_support import SMALL, of_each_language
 from processes import cpu_s, fds, stopped
-from support import LANGUAGES, Exit, until
+from support import LANGUAGES, Exit, fixed_url, until
 
 # --- starting and ending ---
 
@@ -166,11 +166,11 @@ def test_a_stopped_client_disturbs_nobody(
 @of_servers
 def test_a_restart_under_a_client(scheme: str, server: str, tmp_path: Path) -> None:
     """Row 18: UNAVAILABLE, or gRPC has connected again; never another call's answer."""
-    with ExitStack() as running:
-        with served(address(scheme, tmp_path), server) as first:
-            clients = running.enter_context(of_each_language(first.url))
+    with fixed_url(scheme, tmp_path) as url, ExitStack() as running:
+        with served(url, server) as first:
+            clients = running.enter_context(of_each_language(url))
             kill(first.process)
-        running.enter_context(served(first.url, server))
+        running.enter_context(served(url, server))
         for seed in range(1, 6):
             for client in clients:
                 answer = client.ask(op="echo", size=SMALL, seed=seed, timeout=5.0)
