@@ -122,12 +122,19 @@ def enter_private_ipc() -> bool:
     return bool(ctypes.CDLL(None).unshare(clone_newipc) == 0)
 
 
-def sysv_objects() -> set[str]:
-    """The System V objects that carry our mark: their kind, key and id (proc(5))."""
-    found = set()
+def _sysv_lines() -> Iterator[tuple[str, list[str]]]:
+    """The kind and the fields of each that carries our mark: key, id, mode... (proc(5))."""
     for kind in ("msg", "sem", "shm"):
         for line in Path(f"/proc/sysvipc/{kind}").read_text().splitlines()[1:]:
-            key, number = map(int, line.split()[:2])
-            if key & 0xFFF00000 == 0x1BC00000:
-                found.add(f"{kind} {key:#x} {number}")
-    return found
+            if int(line.split()[0]) & 0xFFF00000 == 0x1BC00000:
+                yield kind, line.split()
+
+
+def sysv_objects() -> set[str]:
+    """The System V objects that carry our mark: their kind, key and id."""
+    return {f"{kind} {int(key):#x} {number}" for kind, (key, number, *_) in _sysv_lines()}
+
+
+def sysv_modes() -> set[int]:
+    """Who may use them."""
+    return {int(mode, 8) & 0o777 for _, (_, _, mode, *_) in _sysv_lines()}

@@ -7,11 +7,12 @@ import stat
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from hosts import SEEN_S, Host, needs_root, of_clients, of_servers
+from hosts import ENDLESS, SEEN_S, Host, needs_root, of_clients, of_servers
 from ipc_bridge import connect
 from peer_support import (
     NOBODY,
@@ -22,7 +23,8 @@ from peer_support import (
     run_client,
     served,
 )
-from support import LANGUAGES, SLOW, TRANSPORTS, Exit, fixed_url, listen_url
+from processes import stopped, sysv_modes
+from support import LANGUAGES, SLOW, TRANSPORTS, Exit, fixed_url, listen_url, until
 
 WITH_SOCKETS = ["unix", "shm", "sysv-queue", "sysv-shm", "zmq+ipc"]
 WITH_FILES = ["pipe", *WITH_SOCKETS, "grpc+unix"]
@@ -179,6 +181,30 @@ def public_place() -> Iterator[Path]:
         os.chmod(name, 0o777)
         yield Path(name)
         assert os.listdir(name) == []
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize("scheme", WITH_FILES)
+def test_what_peers_make_is_private(scheme: str, language: str, runtime: Path) -> None:
+    """0600 in a directory of 0700, whatever the umask."""
+    count = 5 if scheme == "pipe" else 2  # a directory, its lock and three FIFOs; a socket, a lock
+    words = ("--count", ENDLESS, "--size", "16", "--rate", "10")
+    before = os.umask(0)
+    try:
+        with served(listen_url(scheme, runtime), language) as up, ExitStack() as running:
+            with stopped(up.pid):  # a client's FIFOs are there until the server has opened them
+                running.enter_context(client(language, "stream", up.url, *words))
+                assert until(lambda: len(list(runtime.rglob("*"))) >= count)
+                modes = {
+                    (path.is_dir(), stat.S_IMODE(path.stat().st_mode))
+                    for path in runtime.rglob("*")
+                }
+            assert modes - {(True, 0o700)} == {(False, 0o600)}
+            if scheme.startswith("sysv"):
+                assert until(lambda: bool(sysv_modes()))
+                assert sysv_modes() == {0o600}
+    finally:
+        os.umask(before)
 
 
 @needs_root

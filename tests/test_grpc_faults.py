@@ -2,7 +2,6 @@
 
 import os
 import socket
-import stat
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -58,18 +57,6 @@ def test_a_squatted_name_is_left_alone(server: str, what: str, tmp_path: Path) -
         )
         assert path.lstat().st_ino == before.st_ino
         assert os.listdir(tmp_path) == ["g"]
-
-
-@of_servers
-def test_the_socket_is_private(server: str, place: Path) -> None:
-    """Whatever the umask."""
-    before = os.umask(0)
-    try:
-        with served(address("grpc+unix", place), server):
-            modes = {stat.S_IMODE(path.stat().st_mode) for path in place.iterdir()}
-            assert modes == {0o600}
-    finally:
-        os.umask(before)
 
 
 # --- death, silence, restart ---
