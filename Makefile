@@ -26,7 +26,7 @@ export TSAN_OPTIONS  ?= halt_on_error=1:second_deadlock_stack=1
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup configure build demo bench report test model calibrate lint format clean distclean export docs
+.PHONY: help setup configure build known demo bench report test model calibrate lint format clean distclean export docs
 
 help:  ## list the targets
 	@echo "usage: make TARGET [NAME=value]"; echo
@@ -41,7 +41,15 @@ configure: setup
 build: configure  ## build the C++ programs (SANITIZE=address,undefined or SANITIZE=thread)
 	@$(LOCKED) cmake --build $(BUILD)
 
-demo: configure  ## show the four pairings talk over one transport (TRANSPORT=unix)
+# The transports, from the map of URLs, and the short names: a wrong one shows before a long build.
+SCHEMES = $(shell sed -n '/^SCHEMES/,/^}/s/^ *"\(.*\)":.*/\1/p' python/ipc_bridge/endpoint.py)
+SHORT = $(sort $(filter-out $(SCHEMES),$(foreach one,$(SCHEMES),$(firstword $(subst +, ,$(one))))))
+KNOWN = $(SCHEMES) $(SHORT) all
+known:
+	@$(if $(filter $(KNOWN),$(TRANSPORT)),,\
+	  echo "error: INVALID_ARGUMENT: unknown transport; known are $(KNOWN): $(TRANSPORT)" >&2; exit 2)
+
+demo: known configure  ## show the four pairings talk over one transport (TRANSPORT=unix)
 	@$(LOCKED) cmake --build $(BUILD) --target ipc-bridge-peer _native
 	@$(VENV) -m ipc_bridge.harness.demo $(TRANSPORT)
 
@@ -72,9 +80,8 @@ MODULES = $(filter-out %_pb2 %_pb2_grpc %/load %/peer,$(basename $(wildcard \
 docs: setup configure  ## render the API reference of both languages into build/docs/
 	@.make/setup docs
 	@$(LOCKED) cmake --build $(BUILD) --target proto-python
-	@rm -rf build/docs && mkdir -p build/docs
-	@$(VENV) -m pdoc -o build/docs/python ipc_bridge $(subst /,.,$(patsubst python/%,%,$(MODULES)))
-	@doxygen docs/Doxyfile
+	@$(LOCKED) sh -ec 'rm -rf build/docs; mkdir -p build/docs; doxygen docs/Doxyfile; \
+	$(VENV) -m pdoc -o build/docs/python ipc_bridge $(subst /,.,$(patsubst python/%,%,$(MODULES)))'
 	@echo "Python: build/docs/python/index.html   C++: build/docs/cpp/index.html"
 
 CPP_FILES = $(shell find cpp tests -name '*.[ch]pp' 2>/dev/null)
@@ -92,9 +99,11 @@ format: setup  ## rewrite the sources in the project's style
 	$(VENV) -m ruff format
 	$(if $(CPP_FILES),clang-format -i $(CPP_FILES))
 
+GENERATED = $(addprefix python/ipc_bridge/,*_pb2.py *_pb2.pyi *_pb2_grpc.py *.so)
+
 clean:  ## remove what was built, and caches
-	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	rm -f python/ipc_bridge/*_pb2.py python/ipc_bridge/*_pb2.pyi python/ipc_bridge/*_pb2_grpc.py
+	$(LOCKED) rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f $(GENERATED)
 	find python tests -type d -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean  ## clean, and remove .venv as well

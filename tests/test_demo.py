@@ -109,6 +109,24 @@ def test_a_wrong_name_lists_the_right_ones(words: list[str], tmp_path: Path) -> 
     assert all(name in done.stderr for name in [*SCHEMES, *SHORT, "all"])
 
 
+def test_make_knows_a_wrong_name_before_it_builds() -> None:
+    words = ["make", "demo", "TRANSPORT=carrier-pigeon"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+
+    assert (done.returncode, done.stdout) == (2, "")
+    names = re.match(r"error: INVALID_ARGUMENT: .* known are (.*): carrier-pigeon\n", done.stderr)
+    assert names
+    assert set(names[1].split()) == {*SCHEMES, *SHORT, "all"}
+
+
+def test_make_clean_removes_what_the_build_generates() -> None:
+    ignored = (ROOT / ".gitignore").read_text().split("# generated ")[1].split("\n\n")[0]
+    made = [line.lstrip("/") for line in ignored.splitlines()[1:]]
+    out = subprocess.check_output(["make", "-n", "clean"], cwd=ROOT, text=True)
+    assert made
+    assert set(made) <= set(out.split())
+
+
 def test_an_unbuilt_peer_says_what_to_do(tmp_path: Path) -> None:
     done = run("demo", "unix", temporary=tmp_path, build=tmp_path)
 
