@@ -52,6 +52,28 @@ class Frame(NamedTuple):
     payload: bytes
 
 
+def take(data: bytearray) -> Frame | None:
+    """The first frame, out of the bytes; None if it is not whole."""
+    if len(data) < 16:
+        return None
+    size, kind, flags, code, call_id, value = struct.unpack_from("<IBBHII", data)
+    if len(data) < 16 + size:
+        return None
+    payload = bytes(data[16 : 16 + size])
+    del data[: 16 + size]
+    return Frame(kind, flags, code, call_id, value, payload)
+
+
+def split(data: bytes) -> list[Frame]:
+    """The frames that the bytes are."""
+    rest = bytearray(data)
+    found = []
+    while frame := take(rest):
+        found.append(frame)
+    assert not rest, "half a frame"
+    return found
+
+
 class Raw:
     """A connection without a session: any bytes go out, frames come in."""
 
@@ -88,7 +110,7 @@ class Raw:
         found: list[Frame] = []
         buffer, end_ns = memoryview(bytearray(MIB)), deadline_after(seconds)
         while True:
-            while (count is None or len(found) < count) and (frame := self._take()):
+            while (count is None or len(found) < count) and (frame := take(self._bytes)):
                 found.append(frame)
             if len(found) == count or self.ended:
                 return found
@@ -100,16 +122,6 @@ class Raw:
     def _take_in(self, buffer: memoryview, got: int) -> None:
         self.ended = self.ended or got == END
         self._bytes += buffer[: max(got, 0)]
-
-    def _take(self) -> Frame | None:
-        if len(self._bytes) < 16:
-            return None
-        size, kind, flags, code, call_id, value = struct.unpack_from("<IBBHII", self._bytes)
-        if len(self._bytes) < 16 + size:
-            return None
-        payload = bytes(self._bytes[16 : 16 + size])
-        del self._bytes[: 16 + size]
-        return Frame(kind, flags, code, call_id, value, payload)
 
 
 def is_refusal(raw: Raw) -> bool:

@@ -3,6 +3,7 @@ table. A broken frame ends its own session with a typed error, and nobody else n
 
 import os
 import random
+import shlex
 import threading
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,6 +18,7 @@ from peer_support import (
     client,
     ended,
     peer,
+    run,
     run_client,
     stdio_url,
 )
@@ -32,7 +34,9 @@ from raw import (
     END_KIND,
     GOODBYE_KIND,
     HELLO_KIND,
+    INTERNAL,
     WINDOW_BYTES,
+    Frame,
     Raw,
     call,
     end,
@@ -40,6 +44,7 @@ from raw import (
     hello,
     is_refusal,
     item,
+    split,
     stream_call,
 )
 from support import FRAMED, MIB, Exit, listen_url, until
@@ -166,6 +171,43 @@ def test_a_frame_cut_short_anywhere(host: Host) -> None:
         with Raw.connect(host.url) as raw:
             raw.send(whole[:size])
     host.check("during")
+
+
+# A stdio server is a process each time, 10 ms in C++ and 250 in Python: some of all must do.
+SIZES = {"cpp": range(len(hello() + call(1, b"cut"))), "py": (0, 5, 20, 24, 30, 42)}
+BITS = {"cpp": [2, *range(1, 128, 3)], "py": (2, 25, 26, 35, 44, 50, 64, 100)}
+
+
+def said_over_stdio(server: str, data: bytes) -> list[Frame]:
+    """What a stdio server answers to all that it is ever sent; it leaves without a word beside."""
+    done = run(server, "serve", "stdio:", stdin=data)
+    assert (done.code, done.err) == (0, "")
+    return split(done.out)
+
+
+@of_servers
+def test_a_stdio_frame_cut_short_anywhere(server: str) -> None:
+    whole = hello() + call(1, b"cut")
+    for size in SIZES[server]:
+        (first,) = said_over_stdio(server, whole[:size])
+        assert first.kind == HELLO_KIND
+    _, answer = said_over_stdio(server, whole)
+    assert (answer.kind, answer.payload) == (END_KIND, b"cut")
+
+
+@of_servers
+def test_any_bit_of_a_call_flipped_over_stdio(server: str) -> None:
+    """As above; where the rest of a call is missing, there is no answer."""
+    for bit in BITS[server]:
+        _, *answers = said_over_stdio(server, hello() + flipped(call(1, b"four"), bit))
+        said = [(answer.kind, answer.call_id, answer.code) for answer in answers]
+        if bit < 26:
+            assert said == ([(END_KIND, 1, Status.OK)] if bit == 2 else []), f"bit {bit}"
+        elif bit < 40 or 40 < bit < 48 or 64 <= bit < 96:
+            assert said == [(END_KIND, 0, INTERNAL)], f"bit {bit}"
+        else:
+            legal = {Status.OK, Status.DEADLINE_EXCEEDED} if bit >= 96 else {Status.UNIMPLEMENTED}
+            assert said in [[(END_KIND, 1, status)] for status in legal], f"bit {bit}"
 
 
 def test_a_declared_size_makes_no_room(host: Host) -> None:
@@ -302,6 +344,32 @@ def test_a_server_that_breaks_the_rules(scheme: str, name: str, caller: str, run
         alarm.cancel()
         alarm.join()
         listener.close()
+
+
+CALL_BYTES = {"echo": 16 + len("hello"), "stream": 16 + 4, "overrun": 16 + 4}  # 08 05 10 08
+
+
+@of_clients
+@pytest.mark.parametrize("name", EVERYWHERE)
+def test_a_child_that_breaks_the_rules(name: str, caller: str, tmp_path: Path) -> None:
+    """The same over stdio, by a shell that knows how much a client says before it waits."""
+    script = SCRIPTS[name]
+    for part, data in (("first", script.first), ("answer", script.answer)):
+        (tmp_path / part).write_bytes(data)
+    lines = [f"cat {tmp_path}/first"]
+    if script.answer:
+        said = len(hello()) + CALL_BYTES[script.command]
+        lines += [f"head -c {said} >{tmp_path}/said", f"cat {tmp_path}/answer"]
+    lines += [] if script.hangs_up else ["cat >/dev/null"]
+    url = "stdio:" + shlex.join(["/bin/sh", "-c", "; ".join(lines)])
+    command = "stream" if script.command == "overrun" else script.command
+    words = (command, url, *COMMANDS[script.command], "--timeout", script.timeout)
+    assert run_client(caller, *words) == script.code
+    if script.answer:
+        assert [frame.kind for frame in split((tmp_path / "said").read_bytes())] == [
+            HELLO_KIND,
+            CALL_KIND,
+        ]
 
 
 @of_clients
