@@ -321,7 +321,7 @@ TEST_CASE("memory that could shrink, or is of another size, is refused") {
     CHECK(attach(device.get(), capacity) == "shared memory of a wrong size");
 }
 
-// --- row 16: the writer is killed at every step ---
+// --- row 16: a side is killed at every step ---
 
 namespace {
 
@@ -331,60 +331,170 @@ constexpr int stride = 97;  // many more instructions, and slow ones
 constexpr int stride = 1;
 #endif
 
-// A child that writes `payload`, killed after so many of its instructions (each a step of
-// ptrace(2)); false: it was done before.
-bool write_and_die(Pair& pair, View payload, int steps) {
-    const pid_t child = ::fork();
-    if (child == 0) {
-        ::ptrace(PTRACE_TRACEME, 0, nullptr, nullptr);
-        ::raise(SIGSTOP);
-        write(*pair.left, payload);
-        ::_exit(0);
+// A child that does something, one of its instructions at a time (ptrace(2)), and is killed at the
+// end. While it stands still, the shared memory is what it would leave if it died there.
+class Child {
+  public:
+    explicit Child(const std::function<void()>& action) : pid_(::fork()) {
+        if (pid_ == 0) {
+            ::ptrace(PTRACE_TRACEME, 0, nullptr, nullptr);
+            ::raise(SIGSTOP);
+            action();
+            ::_exit(0);
+        }
+        int status = 0;
+        ::waitpid(pid_, &status, 0);
+        runs_ = WIFSTOPPED(status);
     }
-    int status = 0;
-    ::waitpid(child, &status, 0);
-    bool runs = WIFSTOPPED(status);
-    for (int i = 0; i < steps && runs; ++i) {
-        runs = ::ptrace(PTRACE_SINGLESTEP, child, nullptr, nullptr) == 0 &&
-               ::waitpid(child, &status, 0) == child && WIFSTOPPED(status);
+    Child(const Child&) = delete;
+    Child& operator=(const Child&) = delete;
+    ~Child() {
+        if (runs_) {
+            ::kill(pid_, SIGKILL);
+            ::waitpid(pid_, nullptr, 0);
+        }
     }
-    if (runs) {
-        ::kill(child, SIGKILL);
-        ::waitpid(child, &status, 0);
+
+    // So many instructions; false: it is done.
+    bool step(int count = stride) {
+        for (int status = 0; count > 0 && runs_; --count) {
+            runs_ = ::ptrace(PTRACE_SINGLESTEP, pid_, nullptr, nullptr) == 0 &&
+                    ::waitpid(pid_, &status, 0) == pid_ && WIFSTOPPED(status);
+        }
+        return runs_;
     }
-    return runs;
+
+  private:
+    pid_t pid_;
+    bool runs_;
+};
+
+// All of a pair's memory, as it was: put back at the end.
+class Snapshot {
+  public:
+    explicit Snapshot(const Pair& pair)
+        : memory_(reinterpret_cast<std::byte*>(&pair.memory->side(0))),
+          bytes_(memory_, memory_ + ring::control_bytes + 4 * pair.memory->capacity()) {}
+    Snapshot(const Snapshot&) = delete;
+    Snapshot& operator=(const Snapshot&) = delete;
+    ~Snapshot() { std::copy(bytes_.begin(), bytes_.end(), memory_); }
+
+  private:
+    std::byte* memory_;
+    std::vector<std::byte> bytes_;
+};
+
+constexpr std::size_t line = ring::line_bytes;
+constexpr std::size_t short_bytes = line - ring::record_header_bytes;  // fill a line
+
+// As many as fit.
+std::size_t write_lines(Duplex& side) {
+    const auto payload = bytes_from(short_bytes, 9);
+    std::size_t count = 0;
+    while (write(side, payload) != 0) {
+        ++count;
+    }
+    return count;
+}
+
+// The left side has filled its ring and sleeps; the right side has read all but the last record of
+// those with which it publishes that there is room.
+constexpr std::size_t published_lines = capacity_bytes_min / 8 / line;
+void fill_and_sleep(Pair& pair) {
+    REQUIRE(write_lines(*pair.left) == capacity_bytes_min / line - 1);
+    std::vector<std::byte> buffer((published_lines - 1) * short_bytes);
+    std::size_t done = 0;
+    while (done < buffer.size()) {
+        done += pair.right->read(std::span(buffer).subspan(done));
+    }
+    pair.left->arm();
+}
+
+// All that a side does: read, publish, ring, write, ring, park, wake up.
+void read_write_and_sleep(Duplex& side) {
+    std::array<std::byte, short_bytes> buffer{};
+    side.read(buffer);
+    write(side, buffer);
+    side.arm();
+    side.disarm();
+    side.take_bells();
 }
 
 }  // namespace
 
 TEST_CASE("a writer killed at any instruction leaves a whole record or none") {
     const auto payload = bytes_from(300, 7);
+    Pair pair;
+    for (std::size_t i = 0; i < 2 * capacity_bytes_min; i += chunk_bytes) {
+        write(*pair.left, bytes_from(chunk_bytes, i));  // so that old records lie below
+        read_all(*pair.right);
+    }
+    write(*pair.left, View(payload).first(50));
+    pair.right->arm();
+    Child writer([&] { write(*pair.left, payload); });
     bool was_there = false;
-    int deaths = 0;
-    for (int steps = 1;; steps += stride) {
-        Pair pair;
-        for (std::size_t i = 0; i < 2 * capacity_bytes_min; i += chunk_bytes) {
-            write(*pair.left, bytes_from(chunk_bytes, i));  // so that old records lie below
-            read_all(*pair.right);
-        }
-        write(*pair.left, View(payload).first(50));
-        pair.right->arm();
-        const bool died = write_and_die(pair, payload, steps);
-        auto got = read_all(*pair.right);
+    int steps = 0;
+    for (bool runs = true; runs; ++steps) {
+        runs = writer.step();
+        const Snapshot afterwards(pair);
+        Duplex reader = *pair.right;
+        const auto got = read_all(reader);
         REQUIRE(got.size() >= 50);
         const bool is_there = got.size() > 50;
         if (is_there) {
             REQUIRE(std::vector(got.begin() + 50, got.end()) == payload);
         }
-        REQUIRE(read_all(*pair.right).empty());
-        CHECK(is_there >= was_there);  // once committed, it stays
+        REQUIRE(read_all(reader).empty());
+        REQUIRE(is_there >= was_there);  // once committed, it stays
         was_there = is_there;
-        if (!died) {
-            break;
-        }
-        ++deaths;
-        REQUIRE(deaths < 100'000);
     }
-    MESSAGE("killed at " << deaths << " instructions");
+    MESSAGE("could have been killed at " << steps << " instructions");
     CHECK(was_there);
+    CHECK(has_bell(pair.bells[1]));
+}
+
+TEST_CASE("a reader killed at any instruction has freed what it read, or not") {
+    Pair pair;
+    fill_and_sleep(pair);
+    Child reader([&] { read_write_and_sleep(*pair.right); });
+    const std::byte* const ring = pair.memory->ring_of(0);
+    const std::vector<std::byte> unread(
+        ring + published_lines * line, ring + capacity_bytes_min - line
+    );
+    std::size_t was_free = 0;
+    int steps = 0;
+    for (bool runs = true; runs; ++steps) {
+        runs = reader.step();
+        const Snapshot afterwards(pair);
+        Duplex writer = *pair.left;
+        const auto got = read_all(writer);
+        REQUIRE((got.empty() || got.size() == short_bytes));
+        const std::size_t free = write_lines(writer);
+        REQUIRE((free == 0 || free == published_lines));
+        REQUIRE(free >= was_free);  // once published, it stays
+        was_free = free;
+        REQUIRE(std::equal(unread.begin(), unread.end(), ring + published_lines * line));
+    }
+    MESSAGE("could have been killed at " << steps << " instructions");
+    CHECK(was_free == published_lines);
+    CHECK(has_bell(pair.bells[0]));
+}
+
+TEST_CASE("whoever sleeps is told that its peer was killed, wherever that was") {
+    int deaths = 0;
+    for (bool runs = true; runs; ++deaths) {
+        Pair pair;
+        fill_and_sleep(pair);
+        {
+            Child peer([&] { read_write_and_sleep(*pair.right); });
+            pair.bells[1].close();  // the child's alone
+            runs = peer.step(1 + deaths * (100 + 9 * stride));
+        }
+        REQUIRE(has_bell(pair.bells[0]));
+        REQUIRE_FALSE(pair.left->take_bells());
+        const auto got = read_all(*pair.left);
+        CHECK((got.empty() || got.size() == short_bytes));
+        write_lines(*pair.left);  // to nobody: no error, no signal
+    }
+    CHECK(deaths > 3);
 }
