@@ -90,7 +90,7 @@ CASES = {
                  test_a_stdio_server_goes_with_its_client=("stdio",)), {}),
     16: Case("killed at each step of a write or of setting up", "the next client is fine",
         shown_by("test_the_client_is_killed_at_each_step",
-                 "test_a_server_killed_while_it_makes_or_fills_them"),
+                 "test_a_server_killed_while_it_makes_or_uses_them"),
         {GRPC: "gRPC publishes nothing step by step", **ONE_CLIENT}),
     17: Case("SIGSTOP of either", "deadlines hold, others are served, no answer comes twice",
         shown_by("test_a_deadline_holds_against_a_stopped_server",

@@ -278,11 +278,16 @@ CALLS = {  # which make them, and which write
 CRASHES = [
     (scheme, call, number) for scheme in CALLS for call in CALLS[scheme] for number in (1, 2)
 ] + [(scheme, "?pwrite64", 1) for scheme in CALLS]  # (each thread's calls count apart)
+CRASHES += [  # once there is something to read; and half-way through making, or removing
+    ("sysv-queue", "?msgrcv", 2),
+    ("sysv-queue", "?msgctl", 2),
+    ("sysv-shm", "?semctl", 2),
+]
 
 
 @pytest.mark.parametrize(("scheme", "calls", "number"), CRASHES)
 @of_servers
-def test_a_server_killed_while_it_makes_or_fills_them(
+def test_a_server_killed_while_it_makes_or_uses_them(
     scheme: str, server: str, calls: str, number: int, tmp_path: Path
 ) -> None:
     """Row 16: whatever was made until then, the next server removes."""
