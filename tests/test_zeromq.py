@@ -87,6 +87,8 @@ of_servers = pytest.mark.parametrize("server", LANGUAGES)
 of_clients = pytest.mark.parametrize("caller", LANGUAGES)
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as another user")
 over_both = pytest.mark.parametrize("scheme", SCHEMES)
+# Messages that a server is busy with for a while.
+LEFT = {"cpp": 60_000, "py": 4_000}
 # Without keys on one end: who of the two hangs up first decides whether the client hears why.
 NO_HANDSHAKE = (Exit.UNAUTHENTICATED, Exit.UNAVAILABLE)
 
@@ -139,18 +141,6 @@ def test_a_client_is_told_of_its_end_and_may_not_go_on(
 
 
 @of_servers
-def test_a_client_that_names_itself_is_refused(server: str, tmp_path: Path) -> None:
-    """Such a name may come again on another connection, and be taken for the first."""
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    with served(address("zmq+ipc", tmp_path), server) as up, context.socket(zmq.DEALER) as dealer:
-        dealer.linger, dealer.rcvtimeo, dealer.routing_id = 0, 2000, b"me"
-        dealer.connect(up.url.removeprefix("zmq+"))
-        dealer.send(HEADER.pack(8, HELLO, 0, 1, 0, 1) + b"IPCB" + bytes(4))
-        assert dealer.recv_multipart() == [b""]
-    context.term()
-
-
-@of_servers
 @over_both
 def test_a_stalled_client_costs_its_window_and_nobody_else_an_item(
     scheme: str, server: str, tmp_path: Path
@@ -197,6 +187,43 @@ def serving(program: str, url: str, server: str) -> Iterator[tuple[str, int]]:
     else:
         with Server(server, url, "--max-payload", str(MIB)) as up:
             yield up.url, up.pid
+
+
+@of_servers
+@pytest.mark.parametrize("program", ["peer", "probe"])
+def test_a_client_that_names_itself_is_refused(program: str, server: str, tmp_path: Path) -> None:
+    """Such a name may come again on another connection, and be taken for the first."""
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    with (
+        serving(program, address("zmq+ipc", tmp_path), server) as (url, _),
+        context.socket(zmq.DEALER) as dealer,
+    ):
+        dealer.linger, dealer.rcvtimeo, dealer.routing_id = 0, 2000, b"me"
+        dealer.connect(url.removeprefix("zmq+"))
+        dealer.send(HEADER.pack(8, HELLO, 0, 1, 0, 1) + b"IPCB" + bytes(4))
+        assert dealer.recv_multipart() == [b""]
+        with connect(url) as bridge:
+            assert bytes(bridge.echo(b"alive", timeout=5.0)) == b"alive"
+    context.term()
+
+
+@of_servers
+def test_what_is_left_of_who_has_gone_is_not_his_successors(server: str, tmp_path: Path) -> None:
+    """His descriptor is the next client's, while messages of his are still to be read."""
+    with served(address("zmq+tcp", tmp_path), server) as up:
+        for _ in range(4):  # it is a matter of timing
+            with stranger(up.url) as caller:
+                caller.echo(b"")
+                caller.dealer.sndhwm = 0
+                with stopped(up.pid):
+                    for _ in range(LEFT[server]):
+                        caller.credit(1)
+                    time.sleep(0.2)  # until they are in the kernel
+                    caller.close()
+            for _ in range(4):
+                with stranger(up.url) as caller:
+                    for _ in range(4):
+                        assert caller.echo(b"hello") == b"hello"
 
 
 @of_servers

@@ -1,6 +1,7 @@
 // A server's end of ZeroMQ: a ROUTER, and a stream for each client; the traps stand in zeromq.
 #pragma once
 
+#include <endian.h>
 #include <poll.h>
 #include <sys/socket.h>
 #include <unistd.h>
@@ -12,6 +13,7 @@
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <deque>
 #include <functional>
 #include <limits>
@@ -46,6 +48,7 @@ inline constexpr std::int64_t silent_ns = 5'000'000'000;
 // After so many a busy server looks for who has gone.
 inline constexpr unsigned look_messages = 64;
 inline constexpr char first_byte_of_automatic_id = 0;  // zmq_setsockopt(3), ZMQ_ROUTING_ID
+inline constexpr std::size_t automatic_id_bytes = 5;   // then a count, big-endian
 
 class Router;
 
@@ -436,22 +439,45 @@ class Router : public std::enable_shared_from_this<Router> {
             return clients_.end();
         }
         look_around();  // whoever had this fd before has gone: it is here, behind that
+        if (const auto holder = by_fd_.find(fd);
+            holder != by_fd_.end() && is_later(holder->second, routing_id_)) {
+            return clients_.end();  // left over from one who had this fd before
+        }
         end(fd);
         has_spoken(fd);
-        auto stream = std::make_unique<RouterStream>(shared_from_this(), routing_id_, fd);
         by_fd_[fd] = routing_id_;
         const auto found = clients_.insert_or_assign(routing_id_, Client{nullptr, fd}).first;
         // Ids that a client gave itself may come again, on another connection.
-        if (routing_id_[0] != first_byte_of_automatic_id || !may_stay(address) || closed_) {
-            stream->closed = true;
-            say_end(*stream);
+        if (!is_automatic(routing_id_) || !may_stay(address) || closed_) {
+            if (this->address(routing_id_)) {
+                ::zmq_send(router_.handle(), nullptr, 0, ZMQ_DONTWAIT);
+            }
             return found;
         }
+        auto stream = std::make_unique<RouterStream>(shared_from_this(), routing_id_, fd);
         found->second.stream = stream.get();
         ++open_;
         new_.push_back(std::move(stream));
         arrived_.notify_one();
         return found;
+    }
+
+    static bool is_automatic(const std::string& id) {
+        return id.size() == automatic_id_bytes && id[0] == first_byte_of_automatic_id;
+    }
+
+    // Was a client's id made after another's? libzmq counts them (and may pass 2^32).
+    static bool is_later(const std::string& id, const std::string& other) {
+        if (!is_automatic(id) || !is_automatic(other)) {
+            return false;
+        }
+        return static_cast<std::int32_t>(count_of(id) - count_of(other)) > 0;
+    }
+
+    static std::uint32_t count_of(const std::string& id) {
+        std::uint32_t count = 0;
+        std::memcpy(&count, id.data() + 1, sizeof(count));
+        return be32toh(count);
     }
 
     // On ipc the address is HOST:UID:GID:PID, from SO_PEERCRED.

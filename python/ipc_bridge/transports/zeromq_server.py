@@ -44,6 +44,19 @@ UNSENT_LOOK_NS = 5_000_000  # and looked for that, while a client does not read:
 SILENT_NS = 5_000_000_000  # a connection that has said nothing for so long is hung up on
 LOOK_MESSAGES = 64  # after so many a busy server looks for who has gone
 FIRST_BYTE_OF_AUTOMATIC_ID = 0  # zmq_setsockopt(3), ZMQ_ROUTING_ID
+AUTOMATIC_ID_BYTES = 5  # then a count, big-endian
+
+
+def is_automatic(routing_id: bytes) -> bool:
+    return len(routing_id) == AUTOMATIC_ID_BYTES and routing_id[0] == FIRST_BYTE_OF_AUTOMATIC_ID
+
+
+def is_later(routing_id: bytes, other: bytes) -> bool:
+    """Was a client's id made after another's? libzmq counts them (and may pass 2^32)."""
+    if not is_automatic(routing_id) or not is_automatic(other):
+        return False
+    ahead = int.from_bytes(routing_id[1:]) - int.from_bytes(other[1:])
+    return 0 < ahead & 0xFFFFFFFF < 1 << 31
 
 
 class RouterStream(Stream):
@@ -402,14 +415,16 @@ class RouterHub(Hub):
         except zmq.ZMQError:  # it has gone already, so libzmq could not ask who it was
             return None
         self._look_around()  # whoever had this fd before has gone: it is here, behind that
+        holder = self._by_fd.get(fd)
+        if holder is not None and is_later(holder.routing_id, routing_id):
+            return None  # left over from one who had this fd before
         self._end(fd)
         self._silent.pop(fd, None)
         stream = RouterStream(self, routing_id, fd)
         self._clients[routing_id] = stream
         self._by_fd[fd] = stream
         # Ids that a client gave itself may come again, on another connection.
-        is_automatic = routing_id[0] == FIRST_BYTE_OF_AUTOMATIC_ID
-        if not is_automatic or not self._may_stay(address) or self._closed:
+        if not is_automatic(routing_id) or not self._may_stay(address) or self._closed:
             stream.closed = True
             self._say_end(stream)
             return stream
