@@ -77,7 +77,7 @@ class Stranger:
 
 from ipc_bridge import Error, Status, connect  # noqa: E402
 from ipc_bridge.harness.curve_keys import make_keys  # noqa: E402
-from peer_support import NOBODY, client, peer, run_client, served  # noqa: E402
+from peer_support import GONE_S, NOBODY, client, peer, run_client, served  # noqa: E402
 from probe_support import Server  # noqa: E402
 from processes import cpu_s, fds, rss_bytes, sleeps, status_field, stopped  # noqa: E402
 from support import LANGUAGES, MIB, SANITIZED, Exit, until  # noqa: E402
@@ -224,6 +224,22 @@ def test_what_is_left_of_who_has_gone_is_not_his_successors(server: str, tmp_pat
                 with stranger(up.url) as caller:
                     for _ in range(4):
                         assert caller.echo(b"hello") == b"hello"
+
+
+@of_servers
+def test_a_server_stops_in_the_midst_of_streams(server: str, tmp_path: Path) -> None:
+    """In the loop that serves all, a wide window keeps each of them due."""
+    words = ("--count", str(10**9), "--size", "0", "--window", "1GiB")
+    with (
+        served(address("zmq+ipc", tmp_path), server, "--grace", "0.1") as up,
+        client("cpp", "stream", up.url, *words),
+        client("cpp", "stream", up.url, *words),
+    ):
+        used = cpu_s(up.pid)
+        assert until(lambda: cpu_s(up.pid) > used + 0.2)
+        began_s = time.monotonic()
+        assert up.stop() == 0
+        assert time.monotonic() - began_s < GONE_S
 
 
 @of_servers

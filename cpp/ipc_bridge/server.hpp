@@ -5,6 +5,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstddef>
@@ -96,7 +97,7 @@ class Server : public Callee {
         }
         try {
             if (hub_) {
-                while (serve_all(never)) {
+                while (!stopping_ && serve_all(never)) {
                 }
             } else {
                 while (auto stream = listener_->accept()) {
@@ -110,13 +111,16 @@ class Server : public Callee {
         drain();
     }
 
-    void stop() override { listener_->interrupt(); }
+    void stop() override {
+        stopping_ = true;
+        listener_->interrupt();
+    }
 
     void close() override {
         const std::lock_guard lock(shared_->mutex);
         closed_ = true;
         if (running_) {
-            listener_->interrupt();
+            stop();
         } else {
             listener_->close();
         }
@@ -320,7 +324,8 @@ class Server : public Callee {
     std::unique_ptr<Listener> listener_;
     bool running_ = false;  // then the listener is for `run` to close
     bool closed_ = false;
-    Hub* hub_ = nullptr;  // the listener, where one thread serves all
+    std::atomic<bool> stopping_ = false;  // for a shared loop, which streams may keep busy
+    Hub* hub_ = nullptr;                  // the listener, where one thread serves all
     std::unordered_map<Stream*, std::shared_ptr<Connection>> by_stream_;  // there
     std::unordered_map<std::shared_ptr<Connection>, std::int64_t> due_;   // and who has a time
 };

@@ -80,6 +80,7 @@ class Server:
         self._clients: dict[Connection, None] = {}
         self._running = False  # then the listener is `run`'s to close
         self._closed = False
+        self._stopping = False  # for a shared loop, which streams may keep busy
         self._by_stream: dict[Stream, Connection] = {}  # in a shared loop
         self._due: dict[Connection, int] = {}  # there, who has a time; see Connection.due_ns
         transport.payload_bytes_max = payload_bytes_max
@@ -98,7 +99,7 @@ class Server:
             self._running = True
         try:
             if self._hub:
-                while self._serve_all(self._hub, NEVER):
+                while not self._stopping and self._serve_all(self._hub, NEVER):
                     pass
             else:
                 while (stream := self._listener.accept()) is not None:
@@ -108,6 +109,7 @@ class Server:
 
     def stop(self) -> None:
         """From any thread, or a signal handler: make `run` return."""
+        self._stopping = True
         with self._changed:  # else it might be closed meanwhile. A handler may: it is reentrant
             self._listener.interrupt()
 
@@ -117,7 +119,7 @@ class Server:
         with self._changed:
             self._closed = True
             if self._running:
-                self._listener.interrupt()
+                self.stop()
             else:
                 self._listener.close()
 
