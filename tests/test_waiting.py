@@ -1,4 +1,5 @@
-"""The ring in a loop of one's own: `arm`, then select, epoll or asyncio on `fileno`, on both sides.
+"""The ring in a loop of one's own: `arm`, then select, epoll or asyncio on `fileno`, on both sides;
+and the other stream whose descriptor needs that, ZeroMQ's.
 
 Rings need no system call, so their descriptor says nothing by itself: a bell rings only for who has
 said that it is about to sleep. Each loop here sleeps on the descriptor and on nothing else, so that
@@ -17,10 +18,12 @@ import pytest
 
 from ipc_bridge.system import END, NEVER, WOULD_BLOCK, Listener, Stream, Wait, deadline_after
 from ipc_bridge.transports.shm_ring import Shm
+from ipc_bridge.transports.zeromq import ZmqTcp
 
 ROUNDS = 300  # of echo, each asleep at either end
 LARGE_BYTES = 1 << 20  # four times what a ring holds: its writer waits for room
 SLEEP_S = 20.0  # a bell that is missing costs so much, and fails
+TURNS_MAX = 100  # of a loop that wakes for nothing
 
 Sleep = Callable[[int], bool]  # on a descriptor, until it is readable; False: never came
 
@@ -184,6 +187,22 @@ def test_what_was_written_before_the_end_is_read_before_it(sleep: Sleep, runtime
         assert read(client, buffer, sleep) == END
         assert client.arm(), "there is nothing to sleep for"
         assert client.try_write([b"x"]) == END
+
+
+@pytest.mark.parametrize("sleep", SLEEPS)
+def test_the_end_of_a_zeromq_server_is_seen(sleep: Sleep) -> None:
+    listener = ZmqTcp("127.0.0.1", 0).listen()
+    with contextlib.closing(listener):
+        port = int(listener.url.rpartition(":")[2])
+        client = ZmqTcp("127.0.0.1", port).connect(deadline_after(5.0))
+    with contextlib.closing(client):  # whose server has left
+        buffer = memoryview(bytearray(64))
+        for _ in range(TURNS_MAX):
+            count = client.try_read(buffer)
+            if count != WOULD_BLOCK:
+                break
+            assert client.arm() or sleep(client.fileno())
+        assert count == END
 
 
 def test_a_descriptor_is_quiet_unless_it_was_armed(runtime: Path) -> None:

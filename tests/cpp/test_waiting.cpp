@@ -1,5 +1,5 @@
-// The ring in a loop of one's own: `arm`, then poll or epoll on `fileno`, on both sides. Its Python
-// twin is tests/test_waiting.py.
+// The ring in a loop of one's own: `arm`, then poll or epoll on `fileno`, on both sides; and the
+// other stream whose descriptor needs that, ZeroMQ's. Its Python twin is tests/test_waiting.py.
 //
 // Each loop sleeps on the descriptor and on nothing else, so that a bell that is missing fails it.
 #include <poll.h>
@@ -24,6 +24,7 @@
 
 #include <ipc_bridge/frame.hpp>
 #include <ipc_bridge/transports/shm_ring.hpp>
+#include <ipc_bridge/transports/zeromq.hpp>
 
 namespace {
 
@@ -32,6 +33,7 @@ using namespace ipc_bridge;
 constexpr int rounds = 300;                    // of echo, each asleep at either end
 constexpr std::size_t large_bytes = 1U << 20;  // four times what a ring holds: its writer waits
 constexpr int sleep_ms = 20'000;               // a bell that is missing costs so much, and fails
+constexpr int turns_max = 100;                 // of a loop that wakes for nothing
 
 // On a descriptor, until it is readable; false: it never came.
 using Sleep = std::function<bool(int fd)>;
@@ -193,6 +195,24 @@ TEST_CASE("what was written before the end is read before it, by who slept on th
         CHECK(read(*joined.client, buffer, sleep) == end_of_stream);
         CHECK(joined.client->arm());  // there is nothing to sleep for
         CHECK(joined.client->try_write({&words, 1}) == end_of_stream);
+    }
+}
+
+TEST_CASE("the end of a ZeroMQ server is seen by who slept on the descriptor") {
+    for (const Sleep& sleep : sleeps) {
+        const auto listener = ZmqTcp("127.0.0.1", 0).listen();
+        const int port = std::stoi(listener->url.substr(listener->url.rfind(':') + 1));
+        const auto client = ZmqTcp("127.0.0.1", port).connect(deadline_after(5.0));
+        std::array<std::byte, 64> buffer{};
+        CHECK(client->try_read(buffer) == would_block);
+        CHECK_FALSE(client->arm());
+        listener->close();
+        std::ptrdiff_t count = would_block;
+        for (int turn = 0; turn < turns_max && count == would_block; ++turn) {
+            REQUIRE((client->arm() || sleep(client->fileno())));
+            count = client->try_read(buffer);
+        }
+        CHECK(count == end_of_stream);
     }
 }
 

@@ -174,7 +174,8 @@ class DealerStream : public Stream {
         if (interrupted_) {
             return end_of_stream;
         }
-        if (!gone_ && fds_[1].revents != 0) {
+        // (Asked here, not remembered from a sleep of ours: others sleep on `fileno`.)
+        if (!gone_ && sleep_until_ready(std::span(fds_).subspan(1), 0)) {
             look_at_monitor();
             if (gone_) {  // what came before that is here now
                 return take(receive);
@@ -188,7 +189,6 @@ class DealerStream : public Stream {
 
     // (Only this call touches the monitor's socket: its descriptor tells the truth.)
     void look_at_monitor() {
-        fds_[1].revents = 0;
         for (const Event& event : events_of(monitor_)) {
             gone_ = gone_ || event.number == ZMQ_EVENT_DISCONNECTED;
         }
