@@ -18,7 +18,7 @@ inline constexpr std::uint16_t stream_method = 2;
 inline const std::string max_payload_key = "ipc-bridge-max-payload";
 // Tags and sizes around a payload: more than any message here has.
 inline constexpr std::int64_t message_extra_bytes = 64;
-// Silence of a host for twice as long: it has gone. (A process that goes is seen at once.)
+// Of silence: then ask. No answer for 20 s more, gRPC's default: gone.
 inline constexpr int keepalive_ms = 5000;
 
 // The largest message for a payload; gRPC takes an int, and protobuf makes none that is larger.

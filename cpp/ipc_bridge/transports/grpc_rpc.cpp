@@ -179,7 +179,6 @@ std::unique_ptr<Caller> GrpcTcp::connect(const ConnectOptions& options) {
     const Place place = resolve(host_, port_, url);
     grpc::ChannelArguments arguments;
     arguments.SetInt(GRPC_ARG_KEEPALIVE_TIME_MS, keepalive_ms);
-    arguments.SetInt(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, keepalive_ms);
     auto credentials = channel_credentials(keys_);
     std::string missing = "no server";
     if (credentials) {

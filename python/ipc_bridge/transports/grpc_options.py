@@ -5,7 +5,7 @@ STREAM = 2
 
 MAX_PAYLOAD_KEY = "ipc-bridge-max-payload"  # the metadata that tells a client's (bridge.proto)
 MESSAGE_EXTRA_BYTES = 64  # tags and sizes around a payload: more than any message here has
-KEEPALIVE_MS = 5000  # a host silent for twice as long has gone (a process's end shows at once)
+KEEPALIVE_MS = 5000  # of silence: then ask. No answer for 20 s more, gRPC's default: gone.
 
 Arguments = list[tuple[str, int | str]]
 

@@ -147,10 +147,7 @@ class GrpcTcp(Grpc):
     ) -> RpcClient:
         deadline_ns = deadline_after(timeout)
         _, address = self._resolve()
-        arguments: Arguments = [
-            ("grpc.keepalive_time_ms", KEEPALIVE_MS),
-            ("grpc.keepalive_timeout_ms", KEEPALIVE_MS),
-        ]
+        arguments: Arguments = [("grpc.keepalive_time_ms", KEEPALIVE_MS)]
         credentials, missing = channel_credentials(self._keys), "no server"
         if credentials:
             missing = "no server, or none that shares our keys"

@@ -104,11 +104,11 @@ class RpcServer:
                 ("grpc.so_reuseport", 0),
                 ("grpc.enable_channelz", 0),
                 ("grpc.server_handshake_timeout_ms", HANDSHAKE_TIMEOUT_MS),
-                # Clients may ask whether we live as often as we do them, also between calls.
+                # Clients may ask whether we live, also between calls, and several times at once:
+                # one that is not waiting for anything writes and reads every 5 s only.
                 ("grpc.keepalive_time_ms", KEEPALIVE_MS),
-                ("grpc.keepalive_timeout_ms", KEEPALIVE_MS),
                 ("grpc.keepalive_permit_without_calls", 1),
-                ("grpc.http2.min_recv_ping_interval_without_data_ms", KEEPALIVE_MS // 2),
+                ("grpc.http2.max_ping_strikes", 0),
                 # gRPC does not give up a call while a part of it is stuck in a socket that nobody
                 # reads; so a client may send no more than a socket's buffer takes.
                 ("grpc.http2.lookahead_bytes", REQUEST_WINDOW_BYTES),
