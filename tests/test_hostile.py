@@ -240,6 +240,19 @@ def test_many_frames_in_one_write(host: Host) -> None:
         assert [answer.payload for answer in answers] == payloads
 
 
+@of_servers
+def test_stdio_frames_in_any_pieces(server: str) -> None:
+    """Row 7 over stdio: one byte a write, then many frames in one."""
+    payloads = [str(number).encode() * (number % 50) for number in range(1, 501)]
+    calls = [call(number, payload) for number, payload in enumerate(payloads, 1)]
+    with Raw.connect(stdio_url(server)) as raw:
+        for byte in hello() + calls[0]:
+            raw.send(bytes([byte]))
+        raw.send(b"".join(calls[1:]))
+        _, *answers = raw.frames(501)
+        assert [answer.payload for answer in answers] == payloads
+
+
 # --- rows 6 and 9: what a server may send ---
 
 
