@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sysv_ipc
@@ -24,6 +25,7 @@ from ipc_bridge.transports import sysv_watcher
 from peer_support import client, kill, peer, run_client, served
 from probe_support import Client, Peers, Server
 from processes import (
+    children,
     cpu_s,
     enter_private_ipc,
     sleeps,
@@ -42,10 +44,16 @@ over_schemes = pytest.mark.parametrize("scheme", SCHEMES)
 of_servers = pytest.mark.parametrize("server", LANGUAGES)
 
 
+def find(entry: str) -> Any:
+    """One of `sysv_objects`, by its key."""
+    kind, key, _ = entry.split()
+    made = {"msg": sysv_ipc.MessageQueue, "sem": sysv_ipc.Semaphore}[kind]
+    return made(int(key, 0))
+
+
 def remove(entry: str) -> None:
-    kind, _, number = entry.split()
-    option = {"msg": "-q", "sem": "-s", "shm": "-m"}[kind]
-    subprocess.run(["ipcrm", option, number], check=False, capture_output=True)
+    """As ipcrm(1) does, which takes long to start on a busy machine."""
+    find(entry).remove()
 
 
 @pytest.fixture(autouse=True)
@@ -113,10 +121,13 @@ def test_objects_that_are_closed_to_their_owner(scheme: str, server: str, tmp_pa
         with served(url, server, nobody=True) as up:
             quiet, before = threads(up.pid), sysv_objects()
             with client("cpp", *words, nobody=True) as process:
-                assert until(lambda: len(sysv_objects() - before) >= 2, SEEN_S)
-                assert until(lambda: sleeps(process.pid), SEEN_S)
+                assert until(lambda: len(sysv_objects() - before) >= 2)
+                assert until(lambda: sleeps(process.pid))
+                os.kill(process.pid, signal.SIGSTOP)  # else it would see to it, and leave
+                assert until(lambda: state(process.pid) == "T")
                 for one in sysv_objects() - before:
-                    close_to_all(one)
+                    if not one.startswith("shm"):  # marked for removal, it has no key any more
+                        find(one).mode = 0
                 used = cpu_s(up.pid)
                 kill(process)
                 assert until(lambda: sysv_objects() <= before, 2 * SEEN_S), "objects stay"
@@ -125,18 +136,6 @@ def test_objects_that_are_closed_to_their_owner(scheme: str, server: str, tmp_pa
             assert run_client("cpp", "echo", url, "--payload", "x", nobody=True) == 0
     finally:
         shutil.rmtree(place)
-
-
-def close_to_all(one: str) -> None:
-    """Set the mode of a System V object to 0."""
-    kind, key, _ = one.split()
-    made = {
-        "msg": sysv_ipc.MessageQueue,
-        "sem": sysv_ipc.Semaphore,
-        "shm": sysv_ipc.SharedMemory,
-    }[kind]
-    if int(key, 0):  # 0: a segment that is marked for removal has no key any more
-        made(int(key, 0)).mode = 0
 
 
 @over_schemes
@@ -204,6 +203,50 @@ def test_ipcrm_at_any_moment(scheme: str, moment: str, caller: str, runtime: Pat
         if moment in ("idle", "unread"):
             assert {one.receive()["status"] for one in clients} == {"UNAVAILABLE"}
         peers.check_others()
+
+
+@pytest.mark.parametrize("error", ["EIDRM", "EINVAL"])
+@pytest.mark.parametrize("call", ["msgctl", "semctl", "shmctl", "shmat"])
+@of_clients
+def test_ipcrm_while_a_client_arrives(caller: str, call: str, error: str, runtime: Path) -> None:
+    """Row 26: what it has found by its key is gone when it looks whose it is, or attaches it."""
+    scheme = "sysv-queue" if call == "msgctl" else "sysv-shm"
+    with served(listen_url(scheme, runtime), "cpp") as up:
+        words = [*peer(caller), "echo", up.url, "--payload", "x", "--timeout", "5"]
+        tracer = injecting(call, f"error={error}:when=1")
+        done = subprocess.run([*tracer, *words], capture_output=True, text=True, timeout=30)
+        assert done.returncode == Exit.UNAVAILABLE, done.stderr
+        assert "the server's objects are not here" in done.stderr
+        with connect(up.url, timeout=2.0) as bridge:
+            assert bytes(bridge.echo(b"next", timeout=2.0)) == b"next"
+
+
+@pytest.mark.parametrize(("server", "call", "number"), [("cpp", "shmat", 1), ("py", "semget", 5)])
+def test_ipcrm_while_a_server_makes(server: str, call: str, number: int, runtime: Path) -> None:
+    """Row 26: one is gone as the server opens it. Its client is told so, the next is served."""
+    error = "EINVAL" if call == "shmat" else "ENOENT"
+    words = [*peer(server), "serve", listen_url("sysv-shm", runtime)]
+    tracer = injecting(call, f"error={error}:when={number}")
+    process = subprocess.Popen([*tracer, *words], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        _, url = process.stdout.readline().split()
+        assert run_client("cpp", "echo", url, "--payload", "x") == Exit.UNAVAILABLE
+        assert run_client("cpp", "echo", url, "--payload", "x") == 0
+    finally:
+        for pid in children(process.pid):
+            os.kill(pid, signal.SIGTERM)
+        process.communicate(timeout=20)
+    assert process.returncode == 0
+
+
+def injecting(calls: str, what: str) -> list[str]:
+    """Before a program's words: strace(1), which does that to some of its system calls."""
+    strace = shutil.which("strace")
+    if strace is None:
+        pytest.skip("strace is missing")
+    quiet = ["-f", "-qq", "-o", "/dev/null"]
+    return [strace, *quiet, "-e", f"trace={calls}", "-e", f"inject={calls}:{what}"]
 
 
 @pytest.mark.parametrize("pairing", PAIRINGS, ids="-".join)
@@ -291,13 +334,9 @@ def test_a_server_killed_while_it_makes_or_uses_them(
     scheme: str, server: str, calls: str, number: int, tmp_path: Path
 ) -> None:
     """Row 16: whatever was made until then, the next server removes."""
-    strace = shutil.which("strace")
-    if strace is None:
-        pytest.skip("strace is missing")
     before = sysv_objects()
     url = listen_url(scheme, tmp_path)
-    inject = f"inject={calls}:signal=KILL:when={number}"
-    tracer = [strace, "-f", "-qq", "-o", "/dev/null", "-e", f"trace={calls}", "-e", inject]
+    tracer = injecting(calls, f"signal=KILL:when={number}")
     first = subprocess.Popen(
         [*tracer, *peer(server), "serve", url], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )

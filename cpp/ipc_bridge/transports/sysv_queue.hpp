@@ -96,7 +96,7 @@ class QueueStream : public sysv::SysvStream {
         std::uint32_t key,
         std::shared_ptr<sysv::Journal> journal
     )
-        : SysvStream(std::move(life_line), objects, wait, key, journal),
+        : SysvStream(life_line, objects, wait, key, journal),
           in_(objects[journal ? 0 : 1]),
           out_(objects[journal ? 1 : 0]),
           taken_(shape.chunk_bytes),

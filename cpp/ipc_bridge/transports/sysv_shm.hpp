@@ -146,7 +146,7 @@ class ShmStream : public sysv::SysvStream {
         std::uint32_t key,
         std::shared_ptr<sysv::Journal> journal
     )
-        : SysvStream(std::move(life_line), objects, wait, key, journal),
+        : SysvStream(life_line, objects, wait, key, journal),
           segment_(objects[4]),
           in_(journal ? Half{objects[0], objects[1]} : Half{objects[2], objects[3]}),
           out_(journal ? Half{objects[2], objects[3]} : Half{objects[0], objects[1]}),

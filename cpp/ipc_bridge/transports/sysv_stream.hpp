@@ -148,16 +148,17 @@ inline void part(
 // reads for an hour.
 class SysvStream : public Stream, public Watched {
   public:
-    // `journal` is the server's, which has reserved `key`; a client has none. (`begin` follows.)
+    // `journal` is the server's, which has reserved `key`; a client has none. (`begin` follows, and
+    // takes the life-line.)
     SysvStream(
-        Fd&& life_line,
+        const Fd& life_line,
         const std::vector<Object>& objects,
         Wait wait,
         std::uint32_t key,
         std::shared_ptr<Journal> journal
     )
         : Stream(wait),
-          Watched(std::move(life_line)),
+          Watched(life_line.get()),
           key_(key),
           objects_(objects),
           journal_(std::move(journal)) {}
@@ -235,11 +236,12 @@ class SysvStream : public Stream, public Watched {
     }
 
   protected:
-    // Once all is there for the watcher: the last of what a constructor does. What it throws leaves
-    // the life-line with the caller, whose peer is to be told.
+    // Once all is there for the watcher: the last of what a constructor does. What it throws, and
+    // what is thrown before, leaves the life-line with the caller, whose peer is to be told.
     void begin(Fd& life_line) {
+        life_line_ = std::move(life_line);
+        look_ns = journal_ ? never : now_ns() + look_every_ns;
         try {
-            look_ns = journal_ ? never : now_ns() + look_every_ns;
             watcher_ = watch(*this);
         } catch (...) {
             life_line = std::move(life_line_);
@@ -382,30 +384,37 @@ class SysvTransport : public Transport {
         if (!is_ours(answer.key) || parts.empty()) {
             throw ProtocolError(std::string("not an answer of ") + Way::scheme, url);
         }
-        std::vector<Object> objects;
-        for (const Part& part : parts) {
-            objects.push_back(find(part, answer.key));
-        }
         try {
+            std::vector<Object> objects;
+            for (const Part& part : parts) {
+                objects.push_back(find(part, answer.key));
+            }
             return std::make_unique<Way>(
                 std::move(life_line), objects, answer.shape, wait_, answer.key, nullptr
             );
         } catch (const ProtocolError& error) {
             throw ProtocolError(error.broken, url);
+        } catch (const SystemError& error) {
+            throw meaning_of(error, url);
         }
     }
 
     std::unique_ptr<Listener> listen() override {
         auto door = std::make_shared<UnixDoor>(meeting_.open());
         auto journal = std::make_shared<Journal>(path_);
-        const auto welcome = [journal, wait = wait_](Fd& life_line, meeting::Record& /*hello*/) {
+        const auto welcome = [journal, wait = wait_, url = url](
+                                 Fd& life_line, meeting::Record& /*hello*/
+                             ) {
             const auto [answer, objects] = make(*journal);
             std::unique_ptr<Stream> stream;
             try {
                 stream = std::make_unique<Way>(
                     std::move(life_line), objects, answer.shape, wait, answer.key, journal
                 );
-            } catch (...) {  // no descriptor for a watcher, perhaps
+            } catch (const SystemError& error) {
+                unmake(*journal, answer.key, objects);
+                throw meaning_of(error, url);
+            } catch (...) {  // no thread for a watcher, perhaps
                 unmake(*journal, answer.key, objects);
                 throw;
             }
@@ -428,16 +437,8 @@ class SysvTransport : public Transport {
     // What the server has made.
     Object find(const Part& part, std::uint32_t key) const {
         const Object found = Object::find(part.kind, key + part.number);
-        if (found.id < 0 && errno == ENOENT) {
-            throw Error(
-                Status::UNAVAILABLE,
-                "the server's objects are not here: they have gone, or are in another IPC "
-                "namespace",
-                url
-            );
-        }
         if (found.id < 0) {
-            throw refusal("open", errno);
+            throw meaning_of(SystemError("open", errno), url);
         }
         if (const uid_t uid = found.owner().cuid; uid != ::geteuid() && uid != 0) {
             throw Error(
@@ -447,6 +448,19 @@ class SysvTransport : public Transport {
             );
         }
         return found;
+    }
+
+    // What it means that an object cannot be opened. Somebody may remove it at any moment.
+    static Error meaning_of(const SystemError& error, const std::string& url) {
+        const int number = error.error_number;
+        if (number == ENOENT || (is_removed(number) && number != EACCES)) {
+            return {
+                Status::UNAVAILABLE,
+                "the server's objects are not here: they have gone, or are in another IPC "
+                "namespace",
+                url};
+        }
+        return refusal(error.call, number);
     }
 
     // New ones, and their answer. Throws Error: RESOURCE_EXHAUSTED.

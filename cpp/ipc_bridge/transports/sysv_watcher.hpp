@@ -36,6 +36,8 @@ inline constexpr std::int64_t look_every_ns = 250'000'000;
 class Watched {
   public:
     explicit Watched(Fd life_line) : life_line_(std::move(life_line)), fd(life_line_.get()) {}
+    // `life_line_` follows.
+    explicit Watched(int fd_) : fd(fd_) {}
     virtual ~Watched() = default;
     Watched(const Watched&) = delete;
     Watched& operator=(const Watched&) = delete;

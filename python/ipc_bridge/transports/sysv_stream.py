@@ -10,13 +10,14 @@ Copy with it: errors, system, meeting, unix_address, sysv_objects, sysv_watcher.
 
 import atexit
 import contextlib
+import errno
 import os
 import socket
 import struct
 import threading
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar, NamedTuple
 
 import sysv_ipc
@@ -328,8 +329,9 @@ class SysvTransport(Transport):
             parts: list[Part] = way.parts(shape) if shape else []
             if not is_ours(key) or not parts:
                 raise ProtocolError(f"not an answer of {way.scheme}", self.url)
-            objects = [self._find(part, key) for part in parts]
-            return way(life_line, objects, shape, self._wait, key, None)
+            with _seeking(self.url):
+                objects = [self._find(part, key) for part in parts]
+                return way(life_line, objects, shape, self._wait, key, None)
         except BaseException as error:
             life_line.close()
             if isinstance(error, ProtocolError):
@@ -348,7 +350,8 @@ class SysvTransport(Transport):
         def welcome(life_line: socket.socket, hello: Record) -> tuple[Stream, Record]:
             key, shape, objects = self._make(journal)
             try:
-                stream = self.way(life_line, objects, shape, self._wait, key, journal)
+                with _seeking(self.url):
+                    stream = self.way(life_line, objects, shape, self._wait, key, journal)
             except BaseException:  # no descriptor for a watcher, perhaps
                 _unmake(journal, key, objects)
                 raise
@@ -364,16 +367,9 @@ class SysvTransport(Transport):
         """What the server has made. A queue is opened with its full size: a message that is too
         long for the reader would stay at the head for ever."""
         size = part.size if part.kind is sysv_ipc.MessageQueue else 0
-        try:
-            found = part.kind(key + part.number, 0, 0o600, size)
-            uid = found.cuid
-        except sysv_ipc.ExistentialError:
-            what = "the server's objects are not here: they have gone, or are in another"
-            raise Error(Status.UNAVAILABLE, f"{what} IPC namespace", self.url) from None
-        except (sysv_ipc.Error, OSError) as error:
-            raise refusal("open", error) from None
-        if uid not in (os.geteuid(), 0):
-            what = f"the server's objects are of uid {uid}"
+        found = part.kind(key + part.number, 0, 0o600, size)
+        if found.cuid not in (os.geteuid(), 0):
+            what = f"the server's objects are of uid {found.cuid}"
             raise Error(Status.PERMISSION_DENIED, what, self.url)
         return found
 
@@ -393,6 +389,19 @@ class SysvTransport(Transport):
             except (sysv_ipc.Error, OSError, ValueError, MemoryError) as error:
                 _unmake(journal, key, made)
                 raise refusal("make", error) from None
+
+
+@contextlib.contextmanager
+def _seeking(url: str) -> Iterator[None]:
+    """What it means that an object cannot be opened. Somebody may remove it at any moment."""
+    try:
+        yield
+    except (sysv_ipc.Error, OSError, ValueError) as error:
+        gone = isinstance(error, (sysv_ipc.ExistentialError, ValueError))  # shmat(2): EINVAL
+        if gone or getattr(error, "errno", 0) == errno.EIDRM:
+            what = "the server's objects are not here: they have gone, or are in another"
+            raise Error(Status.UNAVAILABLE, f"{what} IPC namespace", url) from None
+        raise refusal("open", error) from None
 
 
 def _unmake(journal: Journal, key: int, made: Sequence[Object]) -> None:
