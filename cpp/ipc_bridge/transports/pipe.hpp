@@ -55,7 +55,9 @@ inline constexpr int pipe_bytes = 256 << 10;
 // 16 hex digits and a newline; below PIPE_BUF, so lines never mix.
 inline constexpr std::size_t line_bytes_max = 17;
 inline constexpr int open_flags = O_NONBLOCK | O_CLOEXEC | O_NOFOLLOW;
-// For a child to leave by itself at its end-of-file, before it gets SIGTERM.
+// For a child to leave by itself at its end-of-file, while whoever closes waits: most do.
+inline constexpr std::int64_t close_waits_ns = 50'000'000;
+// Then, before it gets SIGTERM.
 inline constexpr std::int64_t child_leaves_ns = 100'000'000;
 // Then, for its calls to end, before it gets SIGKILL.
 inline constexpr std::int64_t child_ends_ns = 2'000'000'000;
@@ -613,14 +615,17 @@ class Stdio : public Transport {
     // Let the child leave at its end-of-file; else see to its end from a thread, which this process
     // waits for when it leaves: whoever closes has a deadline, and the child may be stopped.
     static void reap(pid_t child) {
-        if (!has_left(child, pipe_detail::child_leaves_ns)) {
-            ::kill(child, SIGTERM);
+        if (!has_left(child, pipe_detail::close_waits_ns)) {
             const std::lock_guard lock(enders().mutex);
             enders().threads.emplace_back(end, child);
         }
     }
 
     static void end(pid_t child) {
+        if (has_left(child, pipe_detail::child_leaves_ns)) {
+            return;
+        }
+        ::kill(child, SIGTERM);
         if (!has_left(child, pipe_detail::child_ends_ns)) {
             ::kill(child, SIGKILL);
             retrying([&] { return ::waitpid(child, nullptr, 0); });

@@ -55,7 +55,9 @@ LINE_BYTES_MAX = 17  # 16 hex digits and a newline; below PIPE_BUF, so lines nev
 NAME = re.compile(r"[0-9a-f]{16}")
 PAIR = re.compile(r"[0-9a-f]{16}\.(c2s|s2c)")
 OPEN = os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW
-CHILD_LEAVES_S = 0.1  # for a child to leave by itself at its end-of-file, before it gets SIGTERM
+# For a child to leave by itself at its end-of-file, while whoever closes waits: most do.
+CLOSE_WAITS_S = 0.05
+CHILD_LEAVES_S = 0.1  # then, before it gets SIGTERM
 CHILD_ENDS_S = 2.0  # then, for its calls to end, before it gets SIGKILL
 
 
@@ -467,18 +469,19 @@ def _reap(child: subprocess.Popen[bytes]) -> None:
     """Let the child leave at its end-of-file; else see to its end from a thread, which this process
     waits for when it leaves: whoever closes has a deadline, and the child may be stopped."""
     try:
-        child.wait(CHILD_LEAVES_S)
+        child.wait(CLOSE_WAITS_S)
     except subprocess.TimeoutExpired:
-        child.terminate()
         threading.Thread(target=_end, args=(child,)).start()
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
-    try:
-        child.wait(CHILD_ENDS_S)
-    except subprocess.TimeoutExpired:
-        child.kill()
-        child.wait()
+    for patience_s, ask in ((CHILD_LEAVES_S, child.terminate), (CHILD_ENDS_S, child.kill)):
+        try:
+            child.wait(patience_s)
+            return
+        except subprocess.TimeoutExpired:
+            ask()
+    child.wait()
 
 
 __all__ = ["Pipe", "PipeListener", "PipeStream", "Stdio", "StdioListener"]
