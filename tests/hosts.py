@@ -37,7 +37,7 @@ class Host(NamedTuple):
     def check(self, when: str) -> None:
         """The control client gets the right answer."""
         payload = f"{when}-{time.monotonic_ns()}".encode()
-        assert bytes(self.control.echo(payload, timeout=2.0)) == payload
+        assert bytes(self.control.echo(payload, timeout=5.0)) == payload
 
 
 HOSTS = [(scheme, language) for scheme in FRAMED for language in LANGUAGES]

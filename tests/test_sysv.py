@@ -160,8 +160,8 @@ def test_ipcrm_of_live_objects(scheme: str, server: str, caller: str, tmp_path: 
             _, errors = process.communicate(timeout=10)
             assert time.monotonic() - began < SEEN_S
             assert process.returncode == Exit.UNAVAILABLE, errors
-        with connect(up.url, timeout=2.0) as bridge:
-            assert bytes(bridge.echo(b"next", timeout=2.0)) == b"next"
+        with connect(up.url) as bridge:
+            assert bytes(bridge.echo(b"next", timeout=5.0)) == b"next"
 
 
 @over_schemes
@@ -307,8 +307,8 @@ def test_objects_of_the_dead_are_reclaimed(
         assert left, "nothing was left: the test tests nothing"
     with served(listen_url(scheme, tmp_path), successor) as second:
         assert sysv_objects() - before == set()
-        with connect(second.url, timeout=1.0) as bridge:
-            assert bytes(bridge.echo(b"second", timeout=1.0)) == b"second"
+        with connect(second.url) as bridge:
+            assert bytes(bridge.echo(b"second", timeout=5.0)) == b"second"
     assert os.listdir(tmp_path) == []
     number = foreign.stdout.split()[-1]
     assert subprocess.run(["ipcrm", "-q", number], check=False).returncode == 0
@@ -346,8 +346,8 @@ def test_a_server_killed_while_it_makes_or_uses_them(
     first.communicate(timeout=20)
     with served(url, "cpp" if server == "py" else "py") as up:
         assert sysv_objects() - before == set()
-        with connect(up.url, timeout=1.0) as bridge:
-            assert bytes(bridge.echo(b"next", timeout=1.0)) == b"next"
+        with connect(up.url) as bridge:
+            assert bytes(bridge.echo(b"next", timeout=5.0)) == b"next"
     assert os.listdir(tmp_path) == []
 
 
@@ -387,8 +387,8 @@ def test_limits_reached_at_set_up(
             connect(up.url, timeout=1.0)
         assert caught.value.status == Status.RESOURCE_EXHAUSTED
         assert sysv_objects() == set()
-        with connect(up.url, timeout=1.0) as bridge:
-            assert bytes(bridge.echo(b"again", timeout=1.0)) == b"again"
+        with connect(up.url) as bridge:
+            assert bytes(bridge.echo(b"again", timeout=5.0)) == b"again"
 
 
 @contextmanager
@@ -429,5 +429,5 @@ def test_nothing_unread_is_lost_when_the_server_leaves(
         assert until(lambda: sysv_objects() <= before, SEEN_S)
         assert len([bytes(item) for item in items]) == 5
         with pytest.raises(CallError):
-            bridge.echo(b"late", timeout=1.0)
+            bridge.echo(b"late", timeout=5.0)
         bridge.close()

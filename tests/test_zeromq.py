@@ -159,7 +159,7 @@ def test_a_stalled_client_costs_its_window_and_nobody_else_an_item(
                     assert run_client(caller, "stream", up.url, *items) == 0
                 assert rss_bytes(up.pid) - before < 8 * MIB + 16 * MIB
                 with connect(up.url) as bridge:
-                    assert bytes(bridge.echo(b"alive", timeout=1.0)) == b"alive"
+                    assert bytes(bridge.echo(b"alive", timeout=5.0)) == b"alive"
 
 
 @of_servers
@@ -287,7 +287,7 @@ def test_another_user_is_refused(caller: str, server: str) -> None:
                 Exit.PERMISSION_DENIED,
                 Exit.UNAVAILABLE,
             )
-            assert bytes(control.echo(b"hello", timeout=1.0)) == b"hello"
+            assert bytes(control.echo(b"hello", timeout=5.0)) == b"hello"
         with served(url, server, nobody=True):
             assert (place / "z").stat().st_uid == NOBODY
             assert run_client(caller, "echo", url, "--payload", "secret") == Exit.PERMISSION_DENIED
@@ -342,16 +342,16 @@ def test_a_fork_of_a_connected_client(tmp_path: Path) -> None:
         if pid == 0:
             code = 1
             try:
-                bridge.echo(b"child", timeout=1.0)
+                bridge.echo(b"child", timeout=5.0)
             except Error as error:
-                with connect(up.url, timeout=2.0) as own:
-                    right = bytes(own.echo(b"own", timeout=1.0)) == b"own"
+                with connect(up.url) as own:
+                    right = bytes(own.echo(b"own", timeout=5.0)) == b"own"
                 code = 0 if right and error.status == Status.FAILED_PRECONDITION else 2
             finally:
                 os._exit(code)
         _, status = os.waitpid(pid, 0)
         assert os.waitstatus_to_exitcode(status) == 0
-        assert bytes(bridge.echo(b"after", timeout=1.0)) == b"after"
+        assert bytes(bridge.echo(b"after", timeout=5.0)) == b"after"
 
 
 # --- keys ---
