@@ -164,10 +164,11 @@ def of_each_language(url: str) -> Iterator[list[Client]]:
         yield clients
 
 
-def missed_s(client: Client, timeout_s: float) -> float:
-    """How long it waits for a server that does not answer."""
-    answer = client.ask(op="echo", size=SMALL, seed=1, timeout=timeout_s)
-    assert answer.get("status") == "DEADLINE_EXCEEDED", client.popen.args
+def elapsed(client: Client, items: bool = False, **command: object) -> float:
+    """Of a call that must end by its deadline, some after items."""
+    answer = client.ask(**command)
+    assert answer["status"] == "DEADLINE_EXCEEDED"
+    assert not items or answer["items"] > 0
     return float(answer["elapsed_s"])
 
 

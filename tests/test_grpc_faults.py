@@ -18,7 +18,7 @@ from grpc_support import (
 )
 from ipc_bridge import connect
 from peer_support import client, ended, kill, run_client, served
-from probe_support import SMALL, missed_s, of_each_language
+from probe_support import SMALL, elapsed, of_each_language
 from processes import cpu_s, fds, stopped
 from support import LANGUAGES, Exit, check_late, fixed_url, until
 
@@ -123,7 +123,9 @@ def test_a_deadline_holds_against_a_stopped_server(scheme: str, server: str, pla
     with served(address(scheme, place), server) as up, of_each_language(up.url) as clients:
         with stopped(up.pid):
             for client in clients:
-                check_late(0.4, partial(missed_s, client, 0.4))
+                check_late(
+                    0.4, partial(elapsed, client, op="echo", size=SMALL, seed=1, timeout=0.4)
+                )
         for client in clients:
             client.do(op="echo", size=SMALL, seed=2, timeout=5.0)
 
