@@ -221,18 +221,16 @@ class SysvStream : public Stream, public Watched {
             }
         }
         unwatch(*this);  // from here on this thread is alone
-        if (settled_) {
-            return;
-        }
-        if (over_ || meeting::is_over(life_line_.get())) {
+        if (!settled_ && (over_ || meeting::is_over(life_line_.get()))) {
             settle();
-        } else if (!journal_) {  // the server takes what is unread, and removes the rest
-            remove_in();
-            life_line_.close();
-        } else {
-            remove_in();
-            part(std::move(life_line_), key_, journal_, remover_of_out());
         }
+        if (!settled_) {  // of a client's, the server takes what is unread, and removes the rest
+            remove_in();
+            if (journal_) {
+                part(std::move(life_line_), key_, journal_, remover_of_out());
+            }
+        }
+        life_line_.close();
     }
 
   protected:
@@ -334,7 +332,8 @@ class SysvStream : public Stream, public Watched {
             }
             remove_in();
             remover_of_out()();
-            life_line_.close();
+            // For the peer. To close it is this side's, who may be sending the answer through it.
+            ::shutdown(life_line_.get(), SHUT_RDWR);
             if (journal_) {
                 journal_->release(key_);
             }
@@ -344,7 +343,7 @@ class SysvStream : public Stream, public Watched {
     std::vector<Object> objects_;
     std::shared_ptr<Journal> journal_;
     Watcher* watcher_ = nullptr;
-    bool settled_ = false;  // the objects are gone, and the life-line with them
+    bool settled_ = false;  // the objects are gone, and the life-line is at its end
     bool closed_ = false;
 };
 

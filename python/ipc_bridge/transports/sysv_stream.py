@@ -128,7 +128,7 @@ class SysvStream(Stream, Watched):
         self._over = False  # the peer has gone
         self._interrupted = False
         self._sleeping = False  # the reader is, or is about to be
-        self._settled = False  # the objects are gone, and the life-line with them
+        self._settled = False  # the objects are gone, and the life-line is at its end
         self._closed = False
         self._fulls = 0  # how often in a row there was no room to write
 
@@ -222,16 +222,16 @@ class SysvStream(Stream, Watched):
             return
         self._closed = True
         unwatch(self)  # from here on this thread is alone
-        if self._settled:
-            return
-        if self._over or is_over(self.life_line):
+        if not self._settled and (self._over or is_over(self.life_line)):
             self._settle()
-        elif self._journal is None:  # the server takes what is unread, and removes the rest
+        if (
+            not self._settled
+        ):  # of a client's, the server takes what is unread, and removes the rest
             self._remove_in()
-            self.life_line.close()
-        else:
-            self._remove_in()
-            part(self.life_line, self._key, self._journal, self._remove_out)
+            if self._journal is not None:
+                part(self.life_line, self._key, self._journal, self._remove_out)
+                return
+        self.life_line.close()
 
     def _removed(self) -> int:
         """Somebody else has removed an object of ours, so no more will come: END, also for what is
@@ -260,7 +260,9 @@ class SysvStream(Stream, Watched):
                 self._take_rest()
             self._remove_in()
             self._remove_out()
-            self.life_line.close()
+            # For the peer. To close it is this side's, who may be sending the answer through it.
+            with contextlib.suppress(OSError):
+                self.life_line.shutdown(socket.SHUT_RDWR)
             if self._journal is not None:
                 self._journal.release(self._key)
 
