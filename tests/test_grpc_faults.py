@@ -1,6 +1,8 @@
 """gRPC: who finds what at an address, and what happens when a peer dies, stops or restarts."""
 
+import contextlib
 import os
+import resource
 import socket
 import time
 from contextlib import ExitStack
@@ -19,8 +21,8 @@ from grpc_support import (
 from ipc_bridge import connect
 from peer_support import client, ended, kill, run_client, served
 from probe_support import SMALL, elapsed, of_each_language
-from processes import cpu_s, fds, stopped
-from support import LANGUAGES, Exit, check_late, fixed_url, until
+from processes import cpu_s, fds, status_field, stopped
+from support import LANGUAGES, MIB, Exit, check_late, fixed_url, until
 
 # --- starting and ending ---
 
@@ -107,6 +109,22 @@ def test_the_client_is_killed_in_mid_stream(
             assert until(lambda: fds(up.pid) <= before, SEEN_S)
         assert until(lambda: rests(up.pid), 2 * SEEN_S), "the handler goes on"
         assert bytes(control.echo(b"after", timeout=SEEN_S)) == b"after"
+
+
+def test_a_call_without_a_thread_is_refused(place: Path) -> None:
+    """And the server goes on. (In C++ a streaming call has a thread only from a pause on.)"""
+    with served(address("grpc+unix", place), "py") as up, contextlib.ExitStack() as running:
+        bridges = [running.enter_context(connect(up.url)) for _ in range(5)]
+        size = status_field(up.pid, "VmSize") << 10  # a stack more is too much
+        resource.prlimit(up.pid, resource.RLIMIT_AS, (size + MIB, resource.RLIM_INFINITY))
+        slow = [iter(one.stream(10**9, 16, rate_hz=10.0, timeout=10.0)) for one in bridges]
+        with pytest.raises(CallError) as caught:  # the hellos have left a few threads
+            list(map(next, slow))
+        assert caught.value.status == Status.RESOURCE_EXHAUSTED
+        unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+        resource.prlimit(up.pid, resource.RLIMIT_AS, unlimited)
+        with connect(up.url) as fresh:
+            assert bytes(fresh.echo(b"again", timeout=5.0)) == b"again"
 
 
 def rests(pid: int) -> bool:

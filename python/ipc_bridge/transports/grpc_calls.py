@@ -25,6 +25,8 @@ from ipc_bridge.handlers import REASONS, Call, Pause, Service
 from ipc_bridge.system import NEVER, deadline_after, now_ns
 from ipc_bridge.transports.grpc_options import ECHO, MAX_PAYLOAD_KEY, STREAM, too_large
 
+SPARE_THREAD = "grpc-spare"  # the name of that for calls which have none of their own
+
 log = logging.getLogger("ipc_bridge")
 
 
@@ -176,6 +178,8 @@ class RpcServicer(BridgeServicer):
         """A call begins, unless there are too many, or it is too large. (gRPC's own limits are a
         little above.)"""
         call, size = RpcCall(context), len(request)
+        if threading.current_thread().name == SPARE_THREAD:
+            call.end(Status.RESOURCE_EXHAUSTED, "the server has no further thread")
         if len(self.running) >= self._clients_max:
             what = f"the server has {self._clients_max} calls under way and takes no more"
             call.end(Status.RESOURCE_EXHAUSTED, what)

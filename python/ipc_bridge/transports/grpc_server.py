@@ -20,7 +20,7 @@ from ipc_bridge.handlers import Service
 from ipc_bridge.server import CUT_S
 from ipc_bridge.session import WINDOW_BYTES, ServerSession
 from ipc_bridge.system import Wakeup
-from ipc_bridge.transports.grpc_calls import RpcServicer
+from ipc_bridge.transports.grpc_calls import SPARE_THREAD, RpcServicer
 from ipc_bridge.transports.grpc_options import KEEPALIVE_MS, message_bytes
 
 REQUEST_WINDOW_BYTES = 65535  # HTTP/2's default; a Unix socket's buffer has three times as much
@@ -31,17 +31,23 @@ EXTRA_CALLS_MAX = 64  # hellos, health checks and reflection at once
 
 class Threads(Executor):
     """A pool whose threads are daemons, as those of Server are: ThreadPoolExecutor's hold up the
-    end of the program for as long as a handler goes on. (gRPC bounds what it submits.)"""
+    end of the program for as long as a handler goes on. (gRPC bounds what it submits.)
+
+    A task for which there is no further thread goes to a spare one, where calls are refused: what
+    `submit` raises ends the thread that serves all, for good."""
 
     def __init__(self) -> None:
+        """Raises RuntimeError: there is no further thread."""
         self._tasks: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._refused: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._idle = threading.Semaphore(0)  # threads that no task is meant for
         self._count = 0
         self._closed = False
+        threading.Thread(target=self._refuse, name=SPARE_THREAD, daemon=True).start()
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        """Run it in a thread that is idle, or in a new one. Raises RuntimeError after `shutdown`,
-        or if there is no further thread."""
+        """Run it in a thread that is idle, or in a new one. Raises RuntimeError after
+        `shutdown`."""
         if self._closed:
             raise RuntimeError("the pool is shut down")
         future: Future[Any] = Future()
@@ -53,7 +59,11 @@ class Threads(Executor):
                 future.set_exception(error)
 
         if not self._idle.acquire(blocking=False):
-            threading.Thread(target=self._work, name="grpc", daemon=True).start()
+            try:
+                threading.Thread(target=self._work, name="grpc", daemon=True).start()
+            except RuntimeError:
+                self._refused.put(task)
+                return future
             self._count += 1
         self._tasks.put(task)
         return future
@@ -61,6 +71,7 @@ class Threads(Executor):
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Let the threads end, each with its task; wait for none."""
         self._closed = True
+        self._refused.put(None)
         for _ in range(self._count):
             self._tasks.put(None)
 
@@ -69,6 +80,11 @@ class Threads(Executor):
             task()
             del task  # it holds the call, and this may be the last one for long
             self._idle.release()
+
+    def _refuse(self) -> None:
+        while (task := self._refused.get()) is not None:
+            task()
+            del task
 
 
 class RpcServer:
@@ -97,7 +113,10 @@ class RpcServer:
         self._servicer = RpcServicer(service, payload_bytes_max, clients_max)
         # A thread for each call that may run: none ever waits in line behind a stream.
         threads_max = clients_max + EXTRA_CALLS_MAX
-        self._threads = Threads()
+        try:
+            self._threads = Threads()
+        except RuntimeError:
+            raise Error(Status.RESOURCE_EXHAUSTED, "no thread for calls", address) from None
         self._server = grpc.server(
             self._threads,  # type: ignore[arg-type]  # any Executor will do
             options=[
