@@ -87,6 +87,13 @@ of_servers = pytest.mark.parametrize("server", LANGUAGES)
 of_clients = pytest.mark.parametrize("caller", LANGUAGES)
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as another user")
 over_both = pytest.mark.parametrize("scheme", SCHEMES)
+FLOOD = """
+import sys; sys.path[:] = {path!r}
+from test_zeromq import Stranger
+caller = Stranger(sys.argv[1].removeprefix("zmq+"))
+while True:
+    caller.credit(1)
+"""
 # Messages that a server is busy with for a while.
 LEFT = {"cpp": 60_000, "py": 4_000}
 # Without keys on one end: who of the two hangs up first decides whether the client hears why.
@@ -224,6 +231,23 @@ def test_what_is_left_of_who_has_gone_is_not_his_successors(server: str, tmp_pat
                 with stranger(up.url) as caller:
                     for _ in range(4):
                         assert caller.echo(b"hello") == b"hello"
+
+
+@of_servers
+@pytest.mark.parametrize("program", ["peer", "probe"])
+def test_a_flood_keeps_nobody_from_the_server(program: str, server: str, tmp_path: Path) -> None:
+    """Of what costs a client nothing and a server little: credit for a call that has ended."""
+    with serving(program, address("zmq+ipc", tmp_path), server) as (url, _), connect(url) as bridge:
+        words = [sys.executable, "-c", FLOOD.format(path=sys.path), url]
+        with subprocess.Popen(words) as one, subprocess.Popen(words) as other:
+            try:
+                time.sleep(1.0)  # the case itself: they are at it
+                for _ in range(5):
+                    assert bytes(bridge.echo(b"alive", timeout=5.0)) == b"alive"
+                assert one.poll() is other.poll() is None
+            finally:
+                one.kill()
+                other.kill()
 
 
 @of_servers

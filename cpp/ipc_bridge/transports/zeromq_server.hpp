@@ -591,26 +591,39 @@ class Router : public std::enable_shared_from_this<Router> {
     // The hub's thread: the only one that touches the ROUTER.
     void run() {
         while (true) {
+            const bool more = exchange();
             {
                 const std::lock_guard lock(mutex);
-                send_outbox();
                 if (closed_ && open_ == 0) {
+                    send_outbox();
                     return;
                 }
-                while (take(receive)) {
-                    send_outbox();
+                if (!more) {
+                    bury();  // whom we knew of before we had read all
                 }
                 look_around();
-                if (!departed_.empty()) {
-                    bury();
-                    continue;
-                }
                 if (stopped_) {
                     arrived_.notify_all();
+                }
+                if (more || !departed_.empty()) {
+                    continue;
                 }
             }
             sleep(never);
         }
+    }
+
+    // Send and receive for a while; false: there is no more to receive. The lock is given away at
+    // each message: else a client that sends and sends would keep all others from it.
+    bool exchange() {
+        for (unsigned i = 0; i < look_messages; ++i) {
+            const std::lock_guard lock(mutex);
+            send_outbox();
+            if (!take(receive)) {
+                return false;
+            }
+        }
+        return true;
     }
 
     void send_outbox() {

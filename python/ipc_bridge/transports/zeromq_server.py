@@ -492,19 +492,29 @@ class RouterHub(Hub):
     def _run(self) -> None:
         """The hub's thread: the only one that touches the ROUTER."""
         while True:
+            more = self._exchange()
             with self.lock:
-                self._send_outbox()
                 if self._closed and self._open == 0:
-                    return
-                while self._take(NOBLOCK):
                     self._send_outbox()
+                    return
+                if not more:
+                    self._bury()  # whom we knew of before we had read all
                 self._look_around()
-                if self._departed:
-                    self._bury()
-                    continue
                 if self._stopped:
                     self._arrived.notify_all()
+                if more or self._departed:
+                    continue
             self._sleep(NEVER)
+
+    def _exchange(self) -> bool:
+        """Send and receive for a while; False: there is no more to receive. The lock is given away
+        at each message: else a client that sends and sends would keep all others from it."""
+        for _ in range(LOOK_MESSAGES):
+            with self.lock:
+                self._send_outbox()
+                if not self._take(NOBLOCK):
+                    return False
+        return True
 
     def _send_outbox(self) -> None:
         self._wakeup.clear()
