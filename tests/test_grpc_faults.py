@@ -4,6 +4,8 @@ import contextlib
 import os
 import resource
 import socket
+import subprocess
+import sys
 import time
 from contextlib import ExitStack
 from functools import partial
@@ -18,7 +20,7 @@ from grpc_support import (
     of_schemes,
     of_servers,
 )
-from ipc_bridge import connect
+from ipc_bridge import CallError, Status, connect
 from peer_support import client, ended, kill, run_client, served
 from probe_support import SMALL, elapsed, of_each_language
 from processes import cpu_s, fds, status_field, stopped
@@ -179,3 +181,30 @@ def test_a_restart_under_a_client(scheme: str, server: str, tmp_path: Path) -> N
             for client in clients:
                 answer = client.ask(op="echo", size=SMALL, seed=seed, timeout=5.0)
                 assert answer.get("status") in (None, "UNAVAILABLE"), client.popen.args
+
+
+@pytest.mark.parametrize("scheme", ["grpc+tcp"])
+def test_forks_in_mid_stream(scheme: str, place: Path) -> None:
+    """Row 33: each child connects anew, and the parent misses no byte of its stream."""
+    program = (
+        "import os, sys; from ipc_bridge import connect; from ipc_bridge.service import Pattern\n"
+        "url, verifies = sys.argv[1], Pattern(1000).verifies\n"
+        "with connect(url) as bridge:\n"
+        "    items = enumerate(bridge.stream(20_000, 1000))\n"
+        "    for index, item in items:\n"
+        "        assert verifies(index, item)\n"
+        "        if index % 4000 == 0:\n"
+        "            if (child := os.fork()) == 0:\n"
+        "                code = 1\n"
+        "                try:\n"
+        "                    with connect(url, timeout=5.0) as mine:\n"
+        "                        code = bytes(mine.echo(b'anew', timeout=5.0)) != b'anew'\n"
+        "                finally:\n"
+        "                    os._exit(code)\n"
+        "            assert os.waitpid(child, 0)[1] == 0\n"
+        "    assert index == 19_999\n"
+    )
+    with served(address(scheme, place), "cpp") as up:
+        words = [sys.executable, "-c", program, up.url]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr

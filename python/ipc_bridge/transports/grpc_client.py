@@ -36,9 +36,8 @@ CONNECT_RETRY_MS = (100, 500)  # between attempts to reach a server; gRPC allows
 
 
 class Forks:
-    """How often this process is a fork of another. The threads of gRPC stay behind in a fork, with
-    the locks that they hold: what the parent had, the child leaves alone, and keeps, for its end
-    would wait for them."""
+    """How often this process is a fork of another. What the parent had, the child leaves alone, and
+    keeps, for its end would reach for the parent's calls; it may connect anew. (See grpc_rpc.)"""
 
     count = 0
     clients: ClassVar["weakref.WeakSet[RpcClient]"] = weakref.WeakSet()

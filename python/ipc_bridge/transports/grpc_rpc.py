@@ -38,6 +38,10 @@ import socket
 from abc import ABC, abstractmethod
 from urllib.parse import quote
 
+# Else a fork takes gRPC's own threads along by half: the child's read from the parent's connection
+# now and then, and the parent misses what they took (grpcio 1.85). (Read when grpc is loaded.)
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "1")
+
 # gRPC writes what it meets to stderr; what matters here reaches the caller as an Error. Whoever
 # wants its log sets GRPC_VERBOSITY. (It is read when the library is loaded.)
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
