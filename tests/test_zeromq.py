@@ -78,7 +78,7 @@ class Stranger:
 from ipc_bridge import Error, Status, connect  # noqa: E402
 from ipc_bridge.harness.curve_keys import make_keys  # noqa: E402
 from peer_support import GONE_S, NOBODY, client, peer, run_client, served  # noqa: E402
-from probe_support import Server  # noqa: E402
+from probe_support import Client, Server  # noqa: E402
 from processes import cpu_s, fds, rss_bytes, sleeps, status_field, stopped  # noqa: E402
 from support import LANGUAGES, MIB, SANITIZED, Exit, until  # noqa: E402
 
@@ -183,6 +183,25 @@ def test_a_client_that_stops_again_and_again_is_served_on(server: str, tmp_path:
             time.sleep(0.005)
         used = cpu_s(up.pid)
         assert until(lambda: cpu_s(up.pid) > used), "it sleeps"
+
+
+@over_both
+@pytest.mark.parametrize("caller", LANGUAGES)
+def test_a_stopped_server_costs_a_client_no_memory(
+    scheme: str, caller: str, tmp_path: Path
+) -> None:
+    """A DEALER takes every request: there is a bound, as a socket's buffer is elsewhere."""
+    with served(address(scheme, tmp_path), "cpp") as up, Client(caller, up.url) as bridge:
+        for _ in range(10):
+            bridge.do(op="echo", size=MIB)
+        before = rss_bytes(bridge.pid)
+        with stopped(up.pid):
+            for _ in range(50):
+                answer = bridge.ask(op="echo", size=MIB, timeout=0.02)
+                assert answer["status"] in ("DEADLINE_EXCEEDED", "UNAVAILABLE")
+            assert rss_bytes(bridge.pid) - before < 16 * MIB or SANITIZED
+        with connect(up.url) as fresh:
+            assert bytes(fresh.echo(b"alive", timeout=5.0)) == b"alive"
 
 
 @contextlib.contextmanager

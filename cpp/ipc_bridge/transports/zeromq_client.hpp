@@ -5,6 +5,7 @@
 #include <pthread.h>
 #include <sys/epoll.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
@@ -94,11 +95,26 @@ class DealerStream : public Stream {
         if (gone_ || ended_) {
             return end_of_stream;
         }
-        return checked(send(dealer_, buffers), "zmq_send", url_);
+        if (!unsent_.has_room()) {
+            return would_block;
+        }
+        const std::ptrdiff_t count = checked(unsent_.send(dealer_, buffers), "zmq_send", url_);
+        unsent_.taken += count;
+        return count;
     }
 
-    bool wait(bool /*readable*/, bool writable, std::int64_t deadline_ns) override {
-        return writable || arm() || sleep(deadline_ns);
+    bool wait(bool readable, bool writable, std::int64_t deadline_ns) override {
+        while (!(writable && unsent_.has_room()) && !(readable && arm())) {
+            const std::int64_t until_ns =
+                writable ? std::min(deadline_ns, now_ns() + unsent_look_ns) : deadline_ns;
+            if (sleep(until_ns)) {
+                return true;
+            }
+            if (until_ns == deadline_ns) {
+                return false;
+            }
+        }
+        return true;
     }
 
     bool arm() override {
@@ -197,6 +213,7 @@ class DealerStream : public Stream {
     zmq::socket_t dealer_;
     zmq::socket_t monitor_;
     std::string url_;
+    Unsent unsent_;
     zmq::message_t part_;   // that is being read
     std::size_t read_ = 0;  // bytes of it that were
     bool more_ = false;     // parts of its message

@@ -37,12 +37,6 @@ namespace ipc_bridge::zeromq {
 
 // Of a server: for its last words to leave; a stopped client must not hold it up.
 inline constexpr int linger_ms = 300;
-// That libzmq holds for a client; beyond, nothing is taken for it.
-inline constexpr std::size_t unsent_bytes_max = 4U << 20;
-// So often it is asked to tell when it has sent what it holds.
-inline constexpr std::size_t mark_bytes = 256U << 10;
-// And looked for that, while a client does not read: nothing wakes us.
-inline constexpr std::int64_t unsent_look_ns = 5'000'000;
 // A connection that has said nothing for so long is hung up on.
 inline constexpr std::int64_t silent_ns = 5'000'000'000;
 // After so many a busy server looks for who has gone.
@@ -70,6 +64,7 @@ class RouterStream : public Stream {
     bool closed = false;
     std::atomic<bool> overrun = false;  // it has sent more than is kept for it
     std::condition_variable changed;
+    Unsent unsent;
 
     std::ptrdiff_t try_read(std::span<std::byte> buffer) override;
     std::ptrdiff_t try_write(Buffers buffers) override;
@@ -84,9 +79,7 @@ class RouterStream : public Stream {
         return ended || (readable && !inbox.empty()) || (writable && has_room());
     }
 
-    // A ROUTER takes all that is written, also for a client that reads nothing; this is the bound,
-    // as a socket's buffer is elsewhere.
-    bool has_room() const { return taken_ - *sent_ <= std::int64_t{unsent_bytes_max}; }
+    bool has_room() const { return unsent.has_room(); }
 
     // What has come; unless it is too much.
     void put(zmq::message_t part, std::size_t bytes_max) {
@@ -100,38 +93,10 @@ class RouterStream : public Stream {
         }
     }
 
-    // Before a message of so many bytes, behind the routing id: is its last part to tell when it
-    // was sent?
-    bool is_marked(std::size_t size) {
-        handed_ += static_cast<std::int64_t>(size);
-        if (handed_ - marked_ < std::int64_t{mark_bytes}) {
-            return false;
-        }
-        marked_ = handed_;
-        return true;
-    }
-
-    // A copy of some bytes that tells.
-    zmq::message_t mark(std::span<const std::byte> bytes) const {
-        struct Mark {
-            std::shared_ptr<std::atomic<std::int64_t>> sent;
-            std::int64_t when_sent;
-            std::vector<std::byte> bytes;
-        };
-        auto made = std::make_unique<Mark>(Mark{sent_, handed_, {bytes.begin(), bytes.end()}});
-        const auto tell = [](void* /*data*/, void* hint) {  // in libzmq's thread
-            const std::unique_ptr<Mark> done(static_cast<Mark*>(hint));
-            *done->sent = std::max<std::int64_t>(*done->sent, done->when_sent);
-        };
-        void* data = made->bytes.data();
-        const std::size_t size = made->bytes.size();
-        return {data, size, tell, made.release()};
-    }
-
   private:
     void check_overrun() {
         if (overrun.exchange(false)) {
-            taken_ = std::numeric_limits<std::int64_t>::min() / 2;  // what is written tells it why
+            unsent.taken = std::numeric_limits<std::int64_t>::min() / 2;  // what is written says
             throw Error(
                 Status::RESOURCE_EXHAUSTED,
                 "the client sends more and more, and does not wait for answers"
@@ -141,12 +106,6 @@ class RouterStream : public Stream {
 
     std::shared_ptr<Router> hub_;
     std::size_t inbox_bytes_ = 0;
-    std::int64_t taken_ = 0;   // bytes written
-    std::int64_t handed_ = 0;  // of them, to libzmq
-    std::int64_t marked_ = 0;  // of them, when it was last asked to tell
-    // Of them, by libzmq, at least; its threads hold on to this.
-    std::shared_ptr<std::atomic<std::int64_t>> sent_ =
-        std::make_shared<std::atomic<std::int64_t>>(0);
     std::size_t read_ = 0;  // bytes of the inbox's first part
     bool interrupted_ = false;
 };
@@ -239,33 +198,16 @@ class Router : public std::enable_shared_from_this<Router> {
     // One message for one client: the count of bytes, or end_of_stream if it has gone.
     std::ptrdiff_t send(RouterStream& stream, Buffers buffers) {
         if (has_thread_ && std::this_thread::get_id() != thread_.get_id()) {
-            Message message{stream.routing_id, {}};
-            const std::size_t size = size_of(buffers);
             const std::lock_guard lock(mutex);
-            const bool marked = stream.is_marked(size);
-            for (const auto& part : buffers) {
-                const bool tells = marked && &part == &buffers.back();
-                message.parts.push_back(tells ? stream.mark(part) : copy(part));
-            }
-            outbox_.push_back(std::move(message));
+            outbox_.push_back({stream.routing_id, stream.unsent.hand(buffers)});
             wakeup_.set();
-            return static_cast<std::ptrdiff_t>(size);
+            return static_cast<std::ptrdiff_t>(size_of(buffers));
         }
         if (!address(stream.routing_id)) {
             stream.gone = true;
             return end_of_stream;
         }
-        if (!stream.is_marked(size_of(buffers))) {
-            return checked(zeromq::send(router_, buffers), "zmq_send", url_);
-        }
-        for (const auto& part : buffers) {
-            const bool last = &part == &buffers.back();
-            zmq::message_t message = last ? stream.mark(part) : copy(part);
-            ::zmq_msg_send(
-                message.handle(), router_.handle(), ZMQ_DONTWAIT | (last ? 0 : ZMQ_SNDMORE)
-            );
-        }
-        return static_cast<std::ptrdiff_t>(size_of(buffers));
+        return checked(stream.unsent.send(router_, buffers), "zmq_send", url_);
     }
 
     // --- a thread for each ---
@@ -347,18 +289,6 @@ class Router : public std::enable_shared_from_this<Router> {
         std::string routing_id;
         std::vector<zmq::message_t> parts;
     };
-
-    static zmq::message_t copy(std::span<const std::byte> part) {
-        return {part.data(), part.size()};
-    }
-
-    static std::size_t size_of(Buffers buffers) {
-        std::size_t size = 0;
-        for (const auto& part : buffers) {
-            size += part.size();
-        }
-        return size;
-    }
 
     bool look_for_room() {
         const std::size_t found = std::erase_if(full_, [this](RouterStream* stream) {
@@ -721,7 +651,7 @@ inline std::ptrdiff_t RouterStream::try_write(Buffers buffers) {
         return would_block;
     }
     const std::ptrdiff_t count = hub_->send(*this, buffers);
-    taken_ += std::max<std::ptrdiff_t>(0, count);
+    unsent.taken += std::max<std::ptrdiff_t>(0, count);
     return count;
 }
 

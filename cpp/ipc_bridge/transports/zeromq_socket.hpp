@@ -2,9 +2,11 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <span>
 #include <string>
 #include <vector>
@@ -19,6 +21,13 @@ namespace ipc_bridge::zeromq {
 inline constexpr int sockets_max = 65'535;
 // For so long a receive waits by itself: most messages come by then, and death is seen soon after.
 inline constexpr int receive_ms = 5;
+
+// That libzmq holds for a peer; beyond, nothing is taken for it.
+inline constexpr std::size_t unsent_bytes_max = 4U << 20;
+// So often it is asked to tell when it has sent what it holds.
+inline constexpr std::size_t mark_bytes = 256U << 10;
+// And looked for that, while a peer does not read: nothing wakes us.
+inline constexpr std::int64_t unsent_look_ns = 5'000'000;
 
 using Buffers = std::span<const std::span<const std::byte>>;
 using Receive = bool(zmq::socket_t&, zmq::message_t&);  // false: nothing
@@ -63,6 +72,88 @@ inline std::ptrdiff_t send(zmq::socket_t& socket, Buffers buffers) {
     }
     return size;
 }
+
+inline std::size_t size_of(Buffers buffers) {
+    std::size_t size = 0;
+    for (const auto& part : buffers) {
+        size += part.size();
+    }
+    return size;
+}
+
+// What was written to one peer, and is not sent yet: libzmq takes all, also for a peer that reads
+// nothing. This is the bound, as a socket's buffer is elsewhere.
+class Unsent {
+  public:
+    std::int64_t taken = 0;  // bytes written
+
+    bool has_room() const { return taken - *sent_ <= std::int64_t{unsent_bytes_max}; }
+
+    // As `zeromq::send`.
+    std::ptrdiff_t send(zmq::socket_t& socket, Buffers buffers) {
+        if (!is_due(buffers)) {
+            return zeromq::send(socket, buffers);
+        }
+        for (const auto& part : buffers) {
+            const bool last = &part == &buffers.back();
+            zmq::message_t message = last ? mark(part) : copy(part);
+            const int flags = last ? ZMQ_DONTWAIT : ZMQ_DONTWAIT | ZMQ_SNDMORE;
+            if (retrying([&] { return ::zmq_msg_send(message.handle(), socket.handle(), flags); }) <
+                0) {
+                return -1;
+            }
+        }
+        return static_cast<std::ptrdiff_t>(size_of(buffers));
+    }
+
+    // The parts of a message, for another thread to send.
+    std::vector<zmq::message_t> hand(Buffers buffers) {
+        const bool due = is_due(buffers);
+        std::vector<zmq::message_t> parts;
+        for (const auto& part : buffers) {
+            parts.push_back(due && &part == &buffers.back() ? mark(part) : copy(part));
+        }
+        return parts;
+    }
+
+  private:
+    // Is the last part of a message, which is handed over now, to tell when it was sent?
+    bool is_due(Buffers buffers) {
+        handed_ += static_cast<std::int64_t>(size_of(buffers));
+        if (handed_ - marked_ < std::int64_t{mark_bytes}) {
+            return false;
+        }
+        marked_ = handed_;
+        return true;
+    }
+
+    static zmq::message_t copy(std::span<const std::byte> bytes) {
+        return {bytes.data(), bytes.size()};
+    }
+
+    // A copy that tells.
+    zmq::message_t mark(std::span<const std::byte> bytes) const {
+        struct Mark {
+            std::shared_ptr<std::atomic<std::int64_t>> sent;
+            std::int64_t when_sent;
+            std::vector<std::byte> bytes;
+        };
+        auto made = std::make_unique<Mark>(Mark{sent_, handed_, {bytes.begin(), bytes.end()}});
+        const auto tell = [](void* /*data*/, void* hint) {  // in libzmq's thread
+            const std::unique_ptr<Mark> done(static_cast<Mark*>(hint));
+            *done->sent = std::max<std::int64_t>(*done->sent, done->when_sent);
+        };
+        void* data = made->bytes.data();
+        const std::size_t size = made->bytes.size();
+        return {data, size, tell, made.release()};
+    }
+
+    std::int64_t handed_ = 0;  // bytes, to libzmq
+    std::int64_t marked_ = 0;  // of them, when it was last asked to tell
+    // Of them, by libzmq, at least; its threads hold on to this.
+    std::shared_ptr<std::atomic<std::int64_t>> sent_ =
+        std::make_shared<std::atomic<std::int64_t>>(0);
+};
 
 // What happens to a socket's connections.
 struct Event {

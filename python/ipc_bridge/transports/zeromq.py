@@ -15,7 +15,8 @@ The traps, all of one kind: ZeroMQ hides what happens to a connection.
   so there is none. The session's credit bounds what is sent ahead; for who sends calls and reads
   no answers a ROUTER cannot tell what waits, or stop reading him: so now and then a message is sent
   that says when it has left (a MessageTracker), and his input is limited. POLLOUT of a ROUTER is
-  always true.
+  always true. (A DEALER is bounded likewise: requests whose deadlines pass would heap up before a
+  server that stands still.)
 - Whose connection has ended? The monitor names a descriptor, and so does a client's first message.
 - ZMQ_FD says that something may have changed, once: whoever sleeps on it looks at EVENTS before,
   after his last call to the socket. A zmq_recv(3) that waits does all that in one call, but sees

@@ -14,17 +14,19 @@ from ipc_bridge.system import (
     Spinner,
     Stream,
     Wait,
+    now_ns,
     sleep_until_ready,
 )
 from ipc_bridge.transports.zeromq_socket import (
     NOBLOCK,
     SOCKETS_MAX,
+    UNSENT_LOOK_NS,
     WAIT,
+    Unsent,
     close_monitor,
     events_of,
     is_far,
     is_readable,
-    send,
 )
 
 
@@ -72,6 +74,7 @@ class DealerStream(Stream):
         self.spinner = Spinner(Wait.BLOCK)
         self._dealer = dealer
         self._monitor = monitor
+        self._unsent = Unsent()
         self._rest: memoryview | None = None  # of the part that is being read
         self._more = False  # parts of its message
         self._woken = False  # something may have come since we looked
@@ -136,10 +139,20 @@ class DealerStream(Stream):
     def try_write(self, buffers: Sequence[Buffer]) -> int:
         if self._gone or self._ended:
             return END
-        return send(self._dealer, buffers)
+        if not self._unsent.has_room():
+            return WOULD_BLOCK
+        count = self._unsent.send(self._dealer, buffers)
+        self._unsent.taken += count
+        return count
 
     def wait(self, readable: bool, writable: bool, deadline_ns: int) -> bool:
-        return writable or self.arm() or self._sleep(deadline_ns)
+        while not (writable and self._unsent.has_room()) and not (readable and self.arm()):
+            until_ns = min(deadline_ns, now_ns() + UNSENT_LOOK_NS) if writable else deadline_ns
+            if self._sleep(until_ns):
+                return True
+            if until_ns == deadline_ns:
+                return False
+        return True
 
     def _sleep_and_read(self, buffer: memoryview, deadline_ns: int) -> int:
         while (count := self.try_read(buffer)) == WOULD_BLOCK:

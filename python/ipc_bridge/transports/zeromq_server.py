@@ -29,18 +29,16 @@ from ipc_bridge.transports.zeromq_curve import KeyChecker
 from ipc_bridge.transports.zeromq_socket import (
     MORE,
     NOBLOCK,
+    UNSENT_LOOK_NS,
     WAIT,
+    Unsent,
     close_monitor,
     events_of,
     is_far,
     is_readable,
-    send,
 )
 
 LINGER_MS = 300  # of a server: for its last words to leave; a stopped client must not hold it up
-UNSENT_BYTES_MAX = 4 << 20  # that libzmq holds for a client; beyond, nothing is taken for it
-MARK_BYTES = 256 << 10  # so often it is asked to tell when it has sent what it holds
-UNSENT_LOOK_NS = 5_000_000  # and looked for that, while a client does not read: nothing wakes us
 SILENT_NS = 5_000_000_000  # a connection that has said nothing for so long is hung up on
 LOOK_MESSAGES = 64  # after so many a busy server looks for who has gone
 FIRST_BYTE_OF_AUTOMATIC_ID = 0  # zmq_setsockopt(3), ZMQ_ROUTING_ID
@@ -76,13 +74,9 @@ class RouterStream(Stream):
         self.closed = False
         self.changed = threading.Condition(hub.lock)
         self.overrun = False  # it has sent more than is kept for it
+        self.unsent = Unsent()
         self._inbox_bytes = 0
         self._hub = hub
-        self._taken = 0  # bytes written
-        self._handed = 0  # of them, to libzmq
-        self._sent = 0  # of them, by libzmq, at least
-        self._marks: deque[tuple[int, zmq.MessageTracker]] = deque()  # tell when so many were
-        self._marked = 0  # the last of them
         self._interrupted = False
 
     def try_read(self, buffer: memoryview) -> int:
@@ -116,7 +110,7 @@ class RouterStream(Stream):
             return WOULD_BLOCK
         count = self._hub.send(self, buffers)
         if count > 0:
-            self._taken += count
+            self.unsent.taken += count
         return count
 
     def wait(self, readable: bool, writable: bool, deadline_ns: int) -> bool:
@@ -130,13 +124,7 @@ class RouterStream(Stream):
         return ended or (readable and bool(self.inbox)) or (writable and self.has_room())
 
     def has_room(self) -> bool:
-        """A ROUTER takes all that is written, also for a client that reads nothing; this is the
-        bound, as a socket's buffer is elsewhere."""
-        if self._taken - self._sent <= UNSENT_BYTES_MAX:
-            return True
-        while self._marks and self._marks[0][1].done:
-            self._sent, _ = self._marks.popleft()
-        return self._taken - self._sent <= UNSENT_BYTES_MAX
+        return self.unsent.has_room()
 
     def put(self, part: memoryview, bytes_max: int) -> None:
         """What has come; unless it is too much."""
@@ -147,24 +135,10 @@ class RouterStream(Stream):
             self.inbox.clear()
             self._inbox_bytes = 0
 
-    def send(self, router: zmq.Socket[bytes], buffers: Sequence[Buffer]) -> int:
-        """Behind the routing id."""
-        size = sum(map(len, buffers))
-        self._handed += size
-        if self._handed - self._marked < MARK_BYTES:
-            return send(router, buffers)
-        self._marked = self._handed
-        *front, last = buffers
-        for part in front:
-            router.send(part, MORE)
-        tracker = router.send(bytes(last), NOBLOCK, copy=False, track=True)
-        self._marks.append((self._handed, tracker))
-        return size
-
     def _overran(self) -> Error:
         """Once: what is written then tells the client why."""
         self.overrun = False
-        self._taken -= 1 << 62
+        self.unsent.taken -= 1 << 62
         what = "the client sends more and more, and does not wait for answers"
         return Error(Status.RESOURCE_EXHAUSTED, what)
 
@@ -303,7 +277,7 @@ class RouterHub(Hub):
                 raise SystemError("zmq_send", error.errno or 0, self.url) from None
             stream.gone = True
             return END
-        return stream.send(self._router, buffers)
+        return stream.unsent.send(self._router, buffers)
 
     # --- a thread for each ---
 

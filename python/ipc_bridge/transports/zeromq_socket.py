@@ -1,5 +1,6 @@
 """What ZeroMQ's sockets need at both ends: to receive, to send, and to be told of events."""
 
+from collections import deque
 from collections.abc import Sequence
 
 import zmq
@@ -10,6 +11,9 @@ from ipc_bridge.system import NEVER, Buffer, now_ns
 SOCKETS_MAX = 65_535  # of a context; a client takes three, and the default is 1023
 RECEIVE_MS = 5  # in zmq_recv(3) before poll(2): most messages come by then, and it is one call
 REFERENCE_BYTES_MIN = 64 << 10  # below, a copy is cheaper than to tell when it was sent
+UNSENT_BYTES_MAX = 4 << 20  # that libzmq holds for a peer; beyond, nothing is taken for it
+MARK_BYTES = 256 << 10  # so often it is asked to tell when it has sent what it holds
+UNSENT_LOOK_NS = 5_000_000  # and looked for that, while a peer does not read: nothing wakes us
 NOBLOCK, MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)  # an enum's arithmetic is slow
 WAIT = 0  # of a receive: for RECEIVE_MS
 POLLIN = int(zmq.POLLIN)
@@ -38,6 +42,39 @@ def send(sock: zmq.Socket[bytes], buffers: Sequence[Buffer]) -> int:
         sock.send(part, MORE if left else NOBLOCK, copied)
         size += count
     return size
+
+
+class Unsent:
+    """What was written to one peer, and is not sent yet: libzmq takes all, also for a peer that
+    reads nothing. This is the bound, as a socket's buffer is elsewhere."""
+
+    def __init__(self) -> None:
+        self.taken = 0  # bytes written
+        self._handed = 0  # of them, to libzmq
+        self._sent = 0  # of them, by libzmq, at least
+        self._marks: deque[tuple[int, zmq.MessageTracker]] = deque()  # tell when so many were
+        self._marked = 0  # the last of them
+
+    def has_room(self) -> bool:
+        if self.taken - self._sent <= UNSENT_BYTES_MAX:
+            return True
+        while self._marks and self._marks[0][1].done:
+            self._sent, _ = self._marks.popleft()
+        return self.taken - self._sent <= UNSENT_BYTES_MAX
+
+    def send(self, sock: zmq.Socket[bytes], buffers: Sequence[Buffer]) -> int:
+        """As `send`."""
+        size = sum(map(len, buffers))
+        self._handed += size
+        if self._handed - self._marked < MARK_BYTES:
+            return send(sock, buffers)
+        self._marked = self._handed
+        *front, last = buffers
+        for part in front:
+            sock.send(part, MORE)
+        tracker = sock.send(bytes(last), NOBLOCK, copy=False, track=True)
+        self._marks.append((self._handed, tracker))
+        return size
 
 
 def events_of(monitor: zmq.Socket[bytes]) -> list[tuple[int, int]]:
