@@ -110,7 +110,7 @@ def test_a_wrong_name_lists_the_right_ones(words: list[str], tmp_path: Path) -> 
 
 
 def test_make_knows_a_wrong_name_before_it_builds() -> None:
-    words = ["make", "demo", "TRANSPORT=carrier-pigeon"]
+    words = ["make", "--no-print-directory", "demo", "TRANSPORT=carrier-pigeon"]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
 
     assert (done.returncode, done.stdout) == (2, "")

@@ -282,13 +282,12 @@ class ZmqIpc : public Zmq {
     }
 
     bool check_server(int fd) const override {
-        ucred peer{};
-        socklen_t size = sizeof(peer);
-        if (::getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &size) < 0) {
-            return false;  // it has gone already
+        try {
+            check_peer(fd, url);
+            return true;
+        } catch (const SystemError&) {  // it has gone already, and libzmq has closed its descriptor
+            return false;
         }
-        check_peer(fd, url);
-        return true;
     }
 
     UnixAddress unix_;
