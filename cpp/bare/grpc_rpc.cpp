@@ -59,8 +59,7 @@ void ping(const rounds::Words& words) {
     const auto call = [&](std::span<std::byte> message) {
         grpc::ClientContext context;
         request.set_payload(message.data(), message.size());
-        const grpc::Status status = stub->Echo(&context, request, &reply);
-        if (!status.ok())
+        if (const auto status = stub->Echo(&context, request, &reply); !status.ok())
             rounds::fail("echo", status.error_message());
     };
     const auto answer = [&](std::span<std::byte> message) {
@@ -95,5 +94,6 @@ void stream(const rounds::Words& words) {
 }
 
 int main(int argc, char** argv) {
-    return rounds::run(argc, argv, "ADDRESS", serve, ping, stream);
+    // (gRPC's threads may still be ending: they must not meet destructors of static objects.)
+    std::quick_exit(rounds::run(argc, argv, "ADDRESS", serve, ping, stream));
 }
