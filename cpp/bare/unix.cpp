@@ -14,6 +14,8 @@ using rounds::checked;
 
 // One call may move only a part of a message: read_all and write_all call until it is whole.
 auto moves(int peer) {
+    const int room = 512 << 10;  // Linux doubles it; each 208 KiB by default is a wake-up
+    checked(setsockopt(peer, SOL_SOCKET, SO_SNDBUF, &room, sizeof room), "setsockopt");
     auto receive = [=](auto rest) { return recv(peer, rest.data(), rest.size(), 0); };
     // MSG_NOSIGNAL: to write to a peer that left is an error, not our death.
     auto transmit = [=](auto rest) { return send(peer, rest.data(), rest.size(), MSG_NOSIGNAL); };

@@ -380,11 +380,17 @@ class Client : public Caller {
 
     void write() {
         frame::Outbox& outbox = session_.outbox;
-        const std::ptrdiff_t count = moved([&] { return stream_->try_write(outbox.buffers()); });
-        if (count > 0) {
-            outbox.sent(static_cast<std::size_t>(count));
-        } else if (count == end_of_stream) {
-            outbox.clear();  // why the server went may still stand in what it sent before
+        while (outbox.size() != 0) {
+            const std::ptrdiff_t count =
+                moved([&] { return stream_->try_write(outbox.buffers()); });
+            if (count > 0) {
+                outbox.sent(static_cast<std::size_t>(count));
+            } else {
+                if (count == end_of_stream) {
+                    outbox.clear();  // why the server went may still stand in what it sent before
+                }
+                return;
+            }
         }
     }
 

@@ -11,6 +11,8 @@ import rounds
 
 # One call may move only a part of a message: read_all and write_all call until it is whole.
 def moves(peer: socket.socket) -> tuple[rounds.Move, rounds.Move]:
+    room = 512 << 10  # Linux doubles it; each 208 KiB by default is a wake-up
+    peer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, room)
     receive = rounds.whole("recv", peer.recv_into)
     return receive, rounds.whole("send", peer.send)
 

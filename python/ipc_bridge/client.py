@@ -299,15 +299,19 @@ class Client:
         raise error
 
     def _write(self) -> None:
+        """Write what can be written at once."""
         outbox = self._session.outbox
-        try:
-            count = self._stream.try_write(outbox.buffers())
-        except Error as error:
-            self._lose(error)
-        if count > 0:
-            outbox.sent(count)
-        elif count == END:
-            outbox.clear()  # why the server went may still stand in what it sent before
+        while outbox.size:
+            try:
+                count = self._stream.try_write(outbox.buffers())
+            except Error as error:
+                self._lose(error)
+            if count > 0:
+                outbox.sent(count)
+            else:
+                if count == END:
+                    outbox.clear()  # why the server went may still stand in what it sent before
+                return
 
     def _expire(self) -> NoReturn:
         """The deadline has come: give the call up."""

@@ -40,6 +40,9 @@
 namespace ipc_bridge {
 namespace stream_socket {
 
+// Of a Unix socket. Linux doubles it (socket(7)), so a frame of 1 MiB wakes its reader once; with
+// the default, 208 KiB, five times. net.core.wmem_max bounds it. (TCP sizes its own: tcp(7).)
+inline constexpr int send_buffer_bytes = 512 << 10;
 // Silence, then a probe a second unanswered: the host is gone (tcp(7)).
 inline constexpr int probe_after_s = 5;
 inline constexpr int probes = 5;
@@ -178,6 +181,12 @@ class SocketListener : public Listener {
     std::atomic<bool> stopped_ = false;
 };
 
+// Set what every Unix connection of ours needs.
+inline void widen(int fd) {
+    const int bytes = send_buffer_bytes;
+    checked(::setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &bytes, sizeof(bytes)), "setsockopt", "unix");
+}
+
 inline std::string tcp_url(const std::string& host, int port) {
     const bool is_v6 = host.find(':') != std::string::npos;
     return "tcp://" + (is_v6 ? "[" + host + "]" : host) + ":" + std::to_string(port);
@@ -208,7 +217,9 @@ class Unix : public Transport {
     }
 
     std::unique_ptr<Stream> connect(std::int64_t deadline_ns) override {
-        return std::make_unique<stream_socket::SocketStream>(address_.connect(deadline_ns), wait_);
+        Fd fd = address_.connect(deadline_ns);
+        stream_socket::widen(fd.get());
+        return std::make_unique<stream_socket::SocketStream>(std::move(fd), wait_);
     }
 
     std::unique_ptr<Listener> listen() override {
@@ -217,7 +228,10 @@ class Unix : public Transport {
             std::move(door->fd),
             url,
             wait_,
-            [where = url](int client) { check_peer(client, where); },
+            [where = url](int client) {
+                check_peer(client, where);
+                stream_socket::widen(client);
+            },
             [door] { door->close(); }
         );
     }

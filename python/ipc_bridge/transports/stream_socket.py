@@ -45,6 +45,9 @@ from ipc_bridge.transports.unix_address import BACKLOG, UnixAddress
 
 NOW = int(socket.MSG_DONTWAIT)  # plain numbers: to join two flags of an enum costs 700 ns
 NOW_QUIETLY = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+# Of a Unix socket. Linux doubles it (socket(7)), so a frame of 1 MiB wakes its reader once; with
+# the default, 208 KiB, five times. net.core.wmem_max bounds it. (TCP sizes its own: tcp(7).)
+SEND_BUFFER_BYTES = 512 << 10
 PROBE_AFTER_S, PROBES = 5, 5  # silence, then a probe a second unanswered: the host is gone (tcp(7))
 
 
@@ -175,14 +178,18 @@ class Unix(Transport):
         self._wait = wait
 
     def connect(self, deadline_ns: int) -> Stream:
-        return SocketStream(self._address.connect(deadline_ns), self._wait)
+        sock = self._address.connect(deadline_ns)
+        _widen(sock)
+        return SocketStream(sock, self._wait)
 
     def listen(self) -> Listener:
+        def admit(sock: socket.socket) -> None:
+            check_peer(sock, self.url)
+            _widen(sock)
+
         door = self._address.listen()
         try:
-            return SocketListener(
-                door.sock, self.url, self._wait, lambda peer: check_peer(peer, self.url), door.close
-            )
+            return SocketListener(door.sock, self.url, self._wait, admit, door.close)
         except BaseException:
             door.sock.close()
             door.close()
@@ -250,6 +257,11 @@ class Tcp(Transport):
         except (OSError, UnicodeError):  # the latter for what no name of a host can be
             raise Error(Status.NOT_FOUND, "unknown host", self.url) from None
         return found[0][0], (str(found[0][4][0]), self.port)
+
+
+def _widen(sock: socket.socket) -> None:
+    """Set what every Unix connection of ours needs."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
 
 
 def _tcp_url(host: str, port: int) -> str:
