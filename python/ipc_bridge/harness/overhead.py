@@ -59,6 +59,7 @@ NO_SPIN = ("zmq", "zmq-req", "grpc+unix", "grpc+tcp")  # their libraries' thread
 SETUPS = (("spin", "cross-core"), ("block", "same-core"), ("block", "cross-core"))
 STREAM_PAIRINGS = (("cpp", "cpp"), ("py", "cpp"), ("py", "py"))  # client, server
 BARE_STREAMS = ("grpc+unix", "grpc+tcp")  # the mechanism has streams of its own, in both languages
+PING_STREAMS = ("shm",)  # the copying is the work: what its ping-pong moves is a floor for streams
 DURATION_S = 0.4
 WARMUP_S = 0.1
 LINE_S = 0.05  # 100,000 rounds and more
@@ -121,7 +122,10 @@ def bare_p50_ns(cell: Cell, size_bytes: int) -> float:
 
 
 def bare_items_per_second(cell: Cell, size_bytes: int) -> float:
-    """A stream of the bare program. Raises ProgramError."""
+    """A stream of the bare program, or the two messages of each of its round trips. Raises
+    ProgramError."""
+    if cell.transport in PING_STREAMS:
+        return 2e9 / bare_p50_ns(cell._replace(wait="spin"), size_bytes)
     items = min(ITEMS[cell.client], ITEMS[cell.server])
     items = max(ITEMS_MIN, min(items, PING_BYTES // size_bytes))
     return figure("items_per_second", bare_client(cell, "stream", size_bytes, items))
@@ -186,7 +190,7 @@ def stream_round(measured: Measured, number: int, size_bytes: int) -> None:
     """Likewise, where there is a bare stream; every byte is verified within the time."""
 
     def run_bare() -> None:
-        if measured.cell.transport in BARE_STREAMS:
+        if measured.cell.transport in (*BARE_STREAMS, *PING_STREAMS):
             measured.bare.append(bare_items_per_second(measured.cell, size_bytes))
 
     def run_pair() -> None:
@@ -332,7 +336,9 @@ def make_parser() -> Parser:
         "--rounds", type=round_count, default=5, metavar="N", help="default 5; 10 to be sure"
     )
     parser.add_argument(
-        "--stream", action="store_true", help="items/s instead; over bare streams, if there are"
+        "--stream",
+        action="store_true",
+        help="items/s instead; over bare streams, if there are (shm: over the bare ping-pong)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object, on one line")
     return parser
