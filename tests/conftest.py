@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import support
 from hosts import HOSTS, SEEN_S, Host
 from ipc_bridge import connect
 from peer_support import served
@@ -20,8 +21,14 @@ from processes import children, enter_private_ipc, fds, open_fds, sysv_objects, 
 from support import PAIRINGS, SLOW, TRANSPORTS, listen_url, until, wait_until
 
 
-def pytest_configure() -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    what = "each case of CONFORMANCE at its full count for every transport and pairing"
+    parser.addoption("--full", action="store_true", help=what)
+
+
+def pytest_configure(config: pytest.Config) -> None:
     """Other tests of this project may run on the machine: their System V objects are not ours."""
+    support.FULL = config.getoption("full")  # before any test is collected
     enter_private_ipc()
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / os.environ.get("IPC_BRIDGE_BUILD_DIR", "build")
 SANITIZED = "sanitize" in str(BUILD)
+FULL = False  # by pytest --full: no count is cut down for the sake of time
 SLOW = 5.0 if SANITIZED else 1.0  # factor for every limit on time
 
 FRAMED = ["pipe", "unix", "tcp", "shm", "sysv-queue", "sysv-shm", "zmq+ipc", "zmq+tcp"]

@@ -36,7 +36,7 @@ from raw import (
     hello,
     stream_call,
 )
-from support import FRAMED, LANGUAGES, MIB, SANITIZED, listen_url, until
+from support import FRAMED, FULL, LANGUAGES, MIB, SANITIZED, listen_url, until
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -203,8 +203,8 @@ def test_a_thousand_who_never_finish_the_meeting(scheme: str, server: str, runti
 @over_transports
 def test_ten_thousand_come_and_go(scheme: str, server: str, runtime: Path) -> None:
     """Row 27: fds, threads and memory stay what they were."""
-    many = 10_000 if scheme == "unix" else 3000
-    if SANITIZED:
+    many = 10_000 if scheme == "unix" or FULL else 3000
+    if SANITIZED and not FULL:
         many = 1000
     with served(listen_url(scheme, runtime), server) as up:
         at_first = fds(up.pid), threads(up.pid)  # the server's own
@@ -256,7 +256,7 @@ def test_a_hundred_clients_share_fairly(scheme: str, server: str, runtime: Path)
 @over_transports
 def test_a_crowd_that_never_says_hello(scheme: str, server: str, runtime: Path) -> None:
     with served(listen_url(scheme, runtime), server) as up, ExitStack() as crowd:
-        for _ in range(300):
+        for _ in range(1000 if FULL else 300):
             crowd.enter_context(Raw.connect(up.url))
         began = time.monotonic()
         with connect(up.url, timeout=CROWD_S) as bridge:
