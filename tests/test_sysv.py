@@ -34,7 +34,7 @@ from processes import (
     sysv_objects,
     threads,
 )
-from support import LANGUAGES, PAIRINGS, SLOW, Exit, listen_url, until
+from support import LANGUAGES, PAIRINGS, SANITIZED, SLOW, Exit, listen_url, until
 
 SCHEMES = ("sysv-queue", "sysv-shm")
 SEEN_S = 1.0 * SLOW
@@ -246,6 +246,8 @@ def injecting(calls: str, what: str) -> list[str]:
     if strace is None:
         pytest.skip("strace is missing")
     quiet = ["-f", "-qq", "-o", "/dev/null"]
+    if SANITIZED:  # LeakSanitizer cannot work below another tracer
+        quiet += ["-E", f"ASAN_OPTIONS={os.environ.get('ASAN_OPTIONS', '')}:detect_leaks=0"]
     return [strace, *quiet, "-e", f"trace={calls}", "-e", f"inject={calls}:{what}"]
 
 
