@@ -50,7 +50,7 @@ NOTES = {
         "lock-free code to get right; memory that the peer can write to",
     ),
     "zmq+ipc": (
-        "reconnects, fans out, speaks forty languages",
+        "forty languages speak it; CURVE encrypts, and says who may come",
         "a ROUTER drops silently unless told not to; its own threads cost a wake-up each way",
     ),
     "grpc+unix": (
