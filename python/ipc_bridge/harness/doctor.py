@@ -31,6 +31,7 @@ SHM = Path("/dev/shm")
 RING_BYTES = 2 * 16 * (64 + 16384)  # of the bare shm_ring, which has no other mark
 CLIENTS = 256  # what a server takes by default: the limits should not bite earlier
 SHM_BYTES_EACH = 768 << 10  # of memory for a client of the shared-memory transports
+SEND_BUFFER_BYTES = 512 << 10  # what unix asks for; the kernel doubles it
 TOOLS = {  # and what each is for
     "cmake": "building the C++ programs",
     "g++": "building the C++ programs",
@@ -87,7 +88,7 @@ def find_limits() -> list[Finding]:
 
 
 def find_machine() -> list[Finding]:
-    """Cores, memory and descriptors."""
+    """Cores, memory, buffers and descriptors."""
     cores = len(os.sched_getaffinity(0))
     found = [Finding("machine", "cores", str(cores))]
     if cores < 2:
@@ -107,6 +108,10 @@ def find_machine() -> list[Finding]:
     locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     unlimited = locked == resource.RLIM_INFINITY
     found.append(Finding("machine", "memlock", "unlimited" if unlimited else f"{locked} bytes"))
+    # No advice: the usual 208 KiB cost unix a few wake-ups for payloads above that, and no more.
+    room = read_number("/proc/sys/net/core/wmem_max")
+    what = f"bytes of a send buffer: unix asks for {SEND_BUFFER_BYTES}"
+    found.append(Finding("machine", "wmem_max", "unknown" if room is None else f"{room} ({what})"))
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     advice = "" if files >= 4 * CLIENTS else f"a server of {CLIENTS} clients: ulimit -n 1024"
     found.append(Finding("machine", "open files", str(files), advice))
