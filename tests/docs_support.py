@@ -87,7 +87,7 @@ def script(page: Path, place: Place) -> str:
         elif snippet.language == "python":
             lines.append(here(f"{snippet.name}.py", snippet.text))
             words = f".venv/bin/python {snippet.name}.py"
-            lines.append(BEHIND.format(words) if ".run()" in snippet.text else words)
+            lines.append(BEHIND.format(words) if "serve(" in snippet.text else words)
         elif snippet.language == "cpp":
             words = f"./snippets {snippet.name}"
             lines.append(BEHIND.format(words) if "->run();" in snippet.text else words)
