@@ -267,6 +267,13 @@ def test_each_option_with_a_number_refuses_another_word(
             15,
             "NOT_FOUND: unknown host, tcp://a..B:1",
         ),
+        ("serve zmq+tcp://a..B:1", 15, "NOT_FOUND: unknown host, zmq+tcp://a..B:1"),
+        ("serve grpc+tcp://a..B:1", 15, "NOT_FOUND: unknown host, grpc+tcp://a..B:1"),
+        (
+            "echo grpc+tcp://a..B:1 --payload x --timeout 0",
+            15,
+            "NOT_FOUND: unknown host, grpc+tcp://a..B:1",
+        ),
         (
             "echo unix://{dir}/s?&wait=spin --payload x --timeout 0",
             24,

@@ -198,7 +198,7 @@ class GrpcTcp(Grpc):
     def _resolve(self) -> tuple[socket.AddressFamily, str]:
         try:
             found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
-        except OSError:
+        except (OSError, UnicodeError):  # the latter for what no name of a host can be
             raise Error(Status.NOT_FOUND, "unknown host", self.url) from None
         return found[0][0], str(found[0][4][0])
 

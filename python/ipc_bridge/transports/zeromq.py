@@ -257,7 +257,7 @@ class ZmqTcp(Zmq):
     def _resolve(self) -> str:
         try:
             found = socket.getaddrinfo(self.host, None, type=socket.SOCK_STREAM)
-        except OSError:
+        except (OSError, UnicodeError):  # the latter for what no name of a host can be
             raise Error(Status.NOT_FOUND, "unknown host", self.url) from None
         return str(found[0][4][0])
 
