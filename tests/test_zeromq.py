@@ -80,7 +80,7 @@ from ipc_bridge.harness.curve_keys import make_keys  # noqa: E402
 from peer_support import GONE_S, NOBODY, client, peer, run_client, served  # noqa: E402
 from probe_support import Client, Server  # noqa: E402
 from processes import cpu_s, fds, rss_bytes, sleeps, status_field, stopped  # noqa: E402
-from support import LANGUAGES, MIB, SANITIZED, Exit, until  # noqa: E402
+from support import LANGUAGES, MIB, READY_S, SANITIZED, Exit, read_line, until  # noqa: E402
 
 SCHEMES = ("zmq+ipc", "zmq+tcp")
 of_servers = pytest.mark.parametrize("server", LANGUAGES)
@@ -453,6 +453,7 @@ def test_beyond_loopback_it_takes_keys(server: str) -> None:
 # --- two hosts ---
 
 HOSTS = ("192.0.2.1", "192.0.2.2")  # TEST-NET-1, in namespaces of this test's own
+LINKS = [f"ipcb{end}{os.getpid() % 10**6}" for end in "ab"]
 
 
 @pytest.fixture
@@ -462,7 +463,6 @@ def hosts() -> Iterator[list[list[str]]]:
     if os.geteuid() != 0 or ip is None:
         pytest.skip("only root can make network namespaces, with ip(8)")
     names = [f"ipcb-{os.getpid()}-{end}" for end in "ab"]
-    links = [f"ipcb{end}{os.getpid() % 10**6}" for end in "ab"]
 
     def run(*words: str) -> int:
         return subprocess.run([ip, *words], capture_output=True, check=False).returncode
@@ -471,9 +471,9 @@ def hosts() -> Iterator[list[list[str]]]:
         for name in names:
             if run("netns", "add", name):
                 pytest.skip("network namespaces cannot be made here")
-        if run("link", "add", links[0], "type", "veth", "peer", "name", links[1]):
+        if run("link", "add", LINKS[0], "type", "veth", "peer", "name", LINKS[1]):
             pytest.skip("a veth pair cannot be made here")
-        for name, link, host in zip(names, links, HOSTS, strict=True):
+        for name, link, host in zip(names, LINKS, HOSTS, strict=True):
             assert run("link", "set", link, "netns", name) == 0
             inside = ("netns", "exec", name, ip)
             assert run(*inside, "address", "add", f"{host}/24", "dev", link) == 0
@@ -512,6 +512,37 @@ def test_two_hosts(caller: str, server: str, hosts: list[list[str]], tmp_path: P
         finally:
             process.terminate()
         assert process.wait(5) == 0
+
+
+@pytest.mark.parametrize("scheme", ["tcp", "zmq+tcp"])  # (over gRPC it would take 25 s)
+def test_a_host_vanishes(scheme: str, hosts: list[list[str]]) -> None:
+    """Row 14: without a word, while servers are idle and clients wait for an item. Both take it for
+    gone in 10 s. All pairings at once, for it takes that long."""
+    wait = ("--count", "2", "--size", "1", "--rate", "0.001")
+    with contextlib.ExitStack() as running:
+
+        def start(*words: str) -> subprocess.Popen[bytes]:
+            process = running.enter_context(subprocess.Popen(words, stdout=subprocess.PIPE))
+            running.callback(process.kill)
+            return process
+
+        servers, clients = [], []
+        for server in LANGUAGES:
+            address = f"{scheme}://{HOSTS[0]}:0?allow_remote=1"
+            up = start(*hosts[0], *peer(server), "serve", address)
+            url = read_line(up, READY_S).removeprefix("ready ").strip()
+            servers.append((up.pid, fds(up.pid)))
+            clients += [start(*hosts[1], *peer(one), "stream", url, *wait) for one in LANGUAGES]
+        assert until(lambda: all(fds(pid) >= before + len(LANGUAGES) for pid, before in servers))
+        assert until(lambda: all(sleeps(client.pid) for client in clients))
+        nowhere = ("lladdr", "02:00:00:00:00:99", "nud", "permanent")
+        for host, other, link in zip(hosts, reversed(HOSTS), LINKS, strict=True):
+            lose = ("ip", "neigh", "replace", other, "dev", link, *nowhere)
+            subprocess.run([*host, *lose], check=True)
+        began = time.monotonic()
+        assert [client.wait(30) for client in clients] == [Exit.UNAVAILABLE] * len(clients)
+        assert time.monotonic() - began > 3, "the host was still there"
+        assert until(lambda: all(fds(pid) <= before for pid, before in servers)), "a slot is taken"
 
 
 def test_time_passes_for_strangers(tmp_path: Path) -> None:

@@ -66,6 +66,9 @@ inline constexpr int reconnect_ivl_ms = std::numeric_limits<int>::max();
 inline constexpr int handshake_ivl_ms = 5'000;
 // Of MAXMSGSIZE, above a payload: small frames that share a part.
 inline constexpr std::int64_t part_bytes_more = 1 << 20;
+// Silence, then a probe a second unanswered: the host is gone (tcp(7)).
+inline constexpr int probe_after_s = 5;
+inline constexpr int probes = 5;
 // Above two payloads: who is not read and sends more is hung up on.
 inline constexpr std::size_t inbox_bytes_more = 2U << 20;
 
@@ -119,6 +122,19 @@ class Zmq : public Transport {
 
     // With the port filled in.
     virtual std::string url_of(zmq::socket_t& /*router*/) const { return url; }
+
+    // Set what both ends need (zmq_setsockopt(3)).
+    virtual void prepare(zmq::socket_t& socket) const {
+        socket.set(zmq::sockopt::sndhwm, 0);  // a ROUTER would drop, a DEALER block; see above
+        socket.set(zmq::sockopt::rcvhwm, 0);
+        socket.set(zmq::sockopt::rcvtimeo, zeromq::receive_ms);
+        socket.set(zmq::sockopt::handshake_ivl, zeromq::handshake_ivl_ms);
+        // What a peer may make libzmq hold before a frame's size is looked at.
+        socket.set(
+            zmq::sockopt::maxmsgsize, std::int64_t{payload_bytes_max} + zeromq::part_bytes_more
+        );
+        socket.set(zmq::sockopt::ipv6, true);
+    }
 
     // Give a listening socket to a ROUTER; -1: it binds one itself.
     std::unique_ptr<Listener> listen_on(int fd, bool is_local, std::function<void()> cleanup) {
@@ -229,19 +245,6 @@ class Zmq : public Transport {
         return false;
     }
 
-    // Set what both ends need (zmq_setsockopt(3)).
-    void prepare(zmq::socket_t& socket) const {
-        socket.set(zmq::sockopt::sndhwm, 0);  // a ROUTER would drop, a DEALER block; see above
-        socket.set(zmq::sockopt::rcvhwm, 0);
-        socket.set(zmq::sockopt::rcvtimeo, zeromq::receive_ms);
-        socket.set(zmq::sockopt::handshake_ivl, zeromq::handshake_ivl_ms);
-        // What a peer may make libzmq hold before a frame's size is looked at.
-        socket.set(
-            zmq::sockopt::maxmsgsize, std::int64_t{payload_bytes_max} + zeromq::part_bytes_more
-        );
-        socket.set(zmq::sockopt::ipv6, true);
-    }
-
     static void set(zmq::socket_t& socket, int option, int value) {
         if (::zmq_setsockopt(socket.handle(), option, &value, sizeof(value)) < 0) {
             throw zmq::error_t();
@@ -326,6 +329,14 @@ class ZmqTcp : public Zmq {
     static std::string join(const std::string& host, const std::string& port) {
         const bool is_v6 = host.find(':') != std::string::npos;
         return (is_v6 ? "[" + host + "]" : host) + ":" + port;
+    }
+
+    void prepare(zmq::socket_t& socket) const override {
+        Zmq::prepare(socket);
+        socket.set(zmq::sockopt::tcp_keepalive, 1);  // a host that fell silent
+        socket.set(zmq::sockopt::tcp_keepalive_idle, zeromq::probe_after_s);
+        socket.set(zmq::sockopt::tcp_keepalive_intvl, 1);
+        socket.set(zmq::sockopt::tcp_keepalive_cnt, zeromq::probes);
     }
 
     bool is_loopback() const {

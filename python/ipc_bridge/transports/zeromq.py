@@ -60,6 +60,7 @@ from ipc_bridge.transports.zeromq_socket import RECEIVE_MS, SOCKETS_MAX, close_m
 RECONNECT_IVL_MS = (1 << 31) - 1  # 24 days: never; see above
 HANDSHAKE_IVL_MS = 5_000  # who says no ZMTP greeting in this time is a stranger, and hung up on
 PART_BYTES_MORE = 1 << 20  # of MAXMSGSIZE, above a payload: small frames that share a part
+PROBE_AFTER_S, PROBES = 5, 5  # silence, then a probe a second unanswered: the host is gone (tcp(7))
 INBOX_BYTES_MORE = 2 << 20  # above two payloads: who is not read and sends more is hung up on
 
 
@@ -253,6 +254,13 @@ class ZmqTcp(Zmq):
             what = "not a loopback address: it takes keys, ?curve=FILE (or ?allow_remote=1)"
             raise Error(Status.PERMISSION_DENIED, what, self.url)
         return self._listen(-1, False, lambda: None)
+
+    def _prepare(self, sock: zmq.Socket[bytes]) -> None:
+        super()._prepare(sock)
+        sock.set(zmq.TCP_KEEPALIVE, 1)  # a host that fell silent
+        sock.set(zmq.TCP_KEEPALIVE_IDLE, PROBE_AFTER_S)
+        sock.set(zmq.TCP_KEEPALIVE_INTVL, 1)
+        sock.set(zmq.TCP_KEEPALIVE_CNT, PROBES)
 
     def _resolve(self) -> str:
         try:
