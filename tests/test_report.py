@@ -9,11 +9,14 @@ from pathlib import Path
 import pytest
 
 from harness_support import call, echo_round, made, stream_round
+from ipc_bridge.errors import Error
 from ipc_bridge.harness import results
 from ipc_bridge.harness.matrix import Cell, floor_of
-from ipc_bridge.harness.plots import plots
-from ipc_bridge.harness.report import caveats, write
+from ipc_bridge.harness.plots import cpu, latency_against_size, plots
+from ipc_bridge.harness.recommend import Wanted, recommend_from
+from ipc_bridge.harness.report import caveats, markdown_table, table_of, write
 from ipc_bridge.harness.results import Document
+from ipc_bridge.harness.table import groups
 
 TRANSPORTS = {"unix": 10e3, "tcp": 15e3, "pipe": 8e3, "shm": 2e3}  # ns
 SECTIONS = (
@@ -135,6 +138,41 @@ def test_the_markdown_has_the_figures(report: Path) -> None:
     widths = {line.count("|") for line in text.splitlines() if line.startswith("| `")}
     assert widths == {5}
     assert "- A virtual machine" in text
+
+
+def test_a_cell_that_failed_has_no_place(tmp_path: Path) -> None:
+    """It was the quickest in the rounds before."""
+    document = small_run()
+    for cell in document["cells"]:
+        if (cell["transport"], cell["server"]) == ("shm", "cpp"):
+            cell["failure"] = "error: DATA_LOSS: 3 answers differ"
+    group = next(group for group in groups(document) if group.title().startswith("echo 64B"))
+    rows = {(row["transport"], row["pairing"]): row for row in table_of(group)["rows"]}
+    failed, best = rows["shm", "C++ -> C++"], rows["pipe", "C++ -> C++"]
+    assert (set(failed["cells"]), failed["best"]) == ({"failed", "-"}, False)
+    assert (best["cells"][0], best["best"]) == ("1", True)
+    assert rows["shm", "C++ -> Python"]["best"], "another cell"
+
+    shown = markdown_table(group)[-1].split("|")
+    assert (shown[1].strip(), shown[2].strip()) == ("`shm`", "failed")
+    _, choices = recommend_from(document, Wanted("echo", 64, ("cpp", "cpp")))
+    assert [one.transport for one in choices] == ["pipe", "unix", "tcp"]
+    for draw in (cpu(group), latency_against_size(document)[0]):
+        axes = draw.canvas.axes[0]
+        names = [text.get_text() for text in axes.get_yticklabels()]
+        names += [str(line.get_label()) for line in axes.get_lines()]
+        assert not any(name in ("shm", "shm cpp-cpp") for name in names)
+
+
+def test_nothing_is_drawn_of_a_setting_whose_cells_failed() -> None:
+    document = small_run((64,))
+    for cell in document["cells"]:
+        cell["failure"] = "error: DATA_LOSS" if cell["op"] == "echo" else None
+    found = plots(document)
+    assert found
+    assert all(plot.title.startswith("stream") for plot in found)
+    with pytest.raises(Error, match="no cell like this"):
+        recommend_from(document, Wanted("echo", 64, ("cpp", "cpp")))
 
 
 def test_caveats_of_an_unfinished_run() -> None:

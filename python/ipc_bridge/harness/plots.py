@@ -21,6 +21,7 @@ from ipc_bridge.harness.table import (
     groups,
     pairing_label,
     scaled,
+    sound_figure,
 )
 
 WIDTH, HEIGHT = 4.6, 3.4  # inches
@@ -71,7 +72,7 @@ def plots(document: Document) -> list[Plot]:
     with mpl.rc_context(STYLE):
         found: list[Plot] = []
         for group in groups(document):
-            if any(one["figures"] for one in group.entries):
+            if any(group.figures(pairing) for pairing in group.pairings):
                 found += [heat_map(group), intervals(group), cpu(group)]
                 found += [*overheads(group), *percentiles(group)]
         for draw in SIZE_PLOTS:
@@ -126,8 +127,7 @@ def heat_map(group: Group) -> Plot:
     values = np.full((len(group.transports), len(group.pairings)), np.nan)
     for row, transport in enumerate(group.transports):
         for column, pairing in enumerate(group.pairings):
-            entry = group.find(transport, pairing)
-            if entry and (found := figure_of(entry, group.name)):
+            if found := group.figure(transport, pairing):
                 values[row, column] = found.value
     colours = "Greys" if group.best_is_low else "Greys_r"
     shades = np.log10(values)
@@ -165,7 +165,7 @@ def intervals(group: Group) -> Plot:
         points = [
             (row + shift, *found)
             for row, transport in enumerate(group.transports)
-            if (entry := group.find(transport, pairing)) and (found := figure_of(entry, group.name))
+            if (found := group.figure(transport, pairing))
         ]
         if points:
             y, value, low, high = np.array(points).T
@@ -188,7 +188,7 @@ def intervals(group: Group) -> Plot:
 
 def overheads(group: Group) -> list[Plot]:
     """How many times its floor each takes."""
-    have = {one["transport"] for one in group.entries if "overhead" in one["figures"]}
+    have = {one["transport"] for one in group.entries if sound_figure(one, "overhead")}
     transports = [one for one in group.transports if one in have]
     if not transports:
         return []
@@ -197,7 +197,7 @@ def overheads(group: Group) -> list[Plot]:
         points = [
             (row, *found)
             for row, transport in enumerate(transports)
-            if (entry := group.find(transport, pairing)) and (found := figure_of(entry, "overhead"))
+            if (found := group.figure(transport, pairing, "overhead"))
         ]
         if points:
             y, value, low, high = np.array(points).T
@@ -221,7 +221,7 @@ def overheads(group: Group) -> list[Plot]:
 
 def cpu(group: Group) -> Plot:
     """CPU time of both peers for a call or an item, one bar a cell."""
-    entries = [one for one in group.entries if "client_cpu_us_per_call" in one["figures"]]
+    entries = [one for one in group.entries if sound_figure(one, "client_cpu_us_per_call")]
     entries.sort(key=lambda one: group.transports.index(one["transport"]))
     canvas, axes = make(height=row_height(len(entries)) * 0.8 + 0.6)
     left = np.zeros(len(entries))
@@ -294,7 +294,7 @@ def curve(entry: Entry) -> list[tuple[float, float]]:
     """Of one cell: place on the axis and us."""
     points = []
     for name, (share, _) in QUANTILES.items():
-        found = figure_of(entry, f"latency_{name}_ns")
+        found = sound_figure(entry, f"latency_{name}_ns")
         if found and share < 1:
             points.append((nines(share), found.value / 1e3))
     return points
@@ -309,7 +309,7 @@ def against_size(
     """A figure against the payload's size; one plot for each pairing and setting but the size."""
     families: dict[tuple[Any, ...], list[Entry]] = {}
     for entry in document["cells"]:
-        if entry["op"] == op and name in entry["figures"]:
+        if entry["op"] == op and sound_figure(entry, name):
             cell = cell_of(entry)
             key = (cell.client, cell.server, *cell._replace(size_bytes=0).setting())
             families.setdefault(key, []).append(entry)

@@ -101,7 +101,7 @@ def nearest(document: Document, wanted: Wanted) -> Group:
         group
         for group in groups(document)
         if group.cell.op == wanted.op
-        and wanted.pairing in group.pairings
+        and group.figures(wanted.pairing)
         and wanted.wait in ("", group.cell.wait)
         and wanted.placement in ("", group.cell.placement)
         and not group.cell.rate_hz

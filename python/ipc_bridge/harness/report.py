@@ -29,6 +29,7 @@ from ipc_bridge.harness.table import (
     place,
     scaled,
     shown,
+    sound_figure,
 )
 
 PAGE = "report.html"
@@ -163,7 +164,7 @@ def table_of(group: Group) -> dict[str, Any]:
                 "pairing": pairing_label(pairing),
                 "best": mine is not None and mine[0] == 1,
                 "cells": [
-                    place(mine) if mine else "-",
+                    "failed" if entry["failure"] else place(mine) if mine else "-",
                     *(value(entry, name, group) for name in names),
                 ],
             }
@@ -174,7 +175,7 @@ def table_of(group: Group) -> dict[str, Any]:
 def value(entry: Entry, column: str, group: Group) -> str:
     """A figure, with its interval if cells are compared by it."""
     name, unit = COLUMNS[column]
-    found = figure_of(entry, name)
+    found = sound_figure(entry, name)
     if found is None:
         return "-"
     text = scaled(found.value, unit)
@@ -250,8 +251,7 @@ def markdown_table(group: Group) -> list[str]:
             shown(group.find(transport, pairing), group, places[pairing].get(transport))
             for pairing in group.pairings
         ]
-        over = group.find(transport, ("cpp", "cpp"))
-        found = figure_of(over, "overhead") if over else None
+        found = group.figure(transport, ("cpp", "cpp"), "overhead")
         lines.append(row_of([f"`{transport}`", *cells, f"{found.value:.2f}" if found else "-"]))
     return lines
 

@@ -37,14 +37,16 @@ class Group:
                 return one
         return None
 
+    def figure(self, transport: str, pairing: tuple[str, str], name: str = "") -> Figure | None:
+        """One figure of a cell, the main one unless told; None too if the cell has failed: it may
+        have been quick and wrong in the rounds before."""
+        entry = self.find(transport, pairing)
+        return sound_figure(entry, name or self.name) if entry else None
+
     def figures(self, pairing: tuple[str, str]) -> dict[str, Figure]:
         """The main figure of each transport, for one pairing."""
-        found = {}
-        for transport in self.transports:
-            entry = self.find(transport, pairing)
-            if entry and (value := figure_of(entry, self.name)):
-                found[transport] = value
-        return found
+        found = ((transport, self.figure(transport, pairing)) for transport in self.transports)
+        return {transport: figure for transport, figure in found if figure}
 
     def places(
         self, pairing: tuple[str, str], among: Sequence[str] | None = None
@@ -53,6 +55,11 @@ class Group:
         figures = self.figures(pairing)
         some = {name: figures[name] for name in among or () if name in figures}
         return ranks(figures if among is None else some, self.best_is_low)
+
+
+def sound_figure(entry: Entry, name: str) -> Figure | None:
+    """A figure of a cell; None too if the cell has failed."""
+    return None if entry["failure"] else figure_of(entry, name)
 
 
 def cell_of(entry: Entry) -> Cell:
@@ -112,8 +119,7 @@ def make_table(group: Group) -> Table:
         for pairing in group.pairings:
             entry = group.find(transport, pairing)
             row.append(shown(entry, group, places[pairing].get(transport)))
-        over = group.find(transport, ("cpp", "cpp"))
-        found = figure_of(over, "overhead") if over else None
+        found = group.figure(transport, ("cpp", "cpp"), "overhead")
         table.add_row(*row, f"{found.value:.2f}" if found else "-")
     return table
 
@@ -122,9 +128,9 @@ def shown(entry: Entry | None, group: Group, places: tuple[int, int] | None) -> 
     """One figure, and its place."""
     if entry is None:
         return "-"
-    value = figure_of(entry, group.name)
     if entry["failure"]:
         return "failed"
+    value = figure_of(entry, group.name)
     if value is None or places is None:
         return "-"
     return f"{scaled(value.value, group.unit)} ({place(places)})"
