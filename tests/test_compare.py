@@ -1,5 +1,6 @@
 """`ipc-bridge compare`: verdicts, exit codes, what it refuses."""
 
+import copy
 import json
 from pathlib import Path
 from xml.etree import ElementTree
@@ -11,7 +12,8 @@ from hypothesis import strategies as st
 
 from compare_support import QUIET, SLOWED, STEADY, Noise, made_run
 from harness_support import MACHINE, call, run
-from ipc_bridge.harness import results, statistics
+from ipc_bridge.errors import Error
+from ipc_bridge.harness import compare, environment, results, statistics
 from ipc_bridge.harness.compare import LIMITS, judge, verdict_of
 from ipc_bridge.harness.results import Document
 from ipc_bridge.harness.statistics import Figure
@@ -46,6 +48,65 @@ def test_too_few_rounds_are_inconclusive() -> None:
     found = judge(old, new, LIMITS)
     assert verdict_of(found) == "inconclusive"
     assert {one.reason for one in found} == {"4 rounds"}
+
+
+def without(document: Document, metric: str, rounds: int) -> Document:
+    """As if SLOWED had too few calls for a percentile in its last rounds."""
+    found = copy.deepcopy(document)
+    (cell,) = (cell for cell in found["cells"] if cell["id"] == SLOWED)
+    for one in cell["rounds"][-rounds:]:
+        one["latency_ns"][metric] = None
+    return found
+
+
+@pytest.mark.usefixtures("no_figures")
+@pytest.mark.parametrize("rounds", [1, 10])
+def test_a_cell_too_slow_for_its_percentile_does_not_pass(rounds: int) -> None:
+    """A hundred calls make a p99; one that is a hundred times slower has none."""
+    random = np.random.default_rng(9)
+    old, new = made_run(random, STEADY), made_run(random, STEADY)
+    lacking = without(new, "p99", rounds)
+    for before, after, reason in (
+        (old, lacking, f"the new run has no p99 in {rounds} of 10 rounds"),
+        (lacking, new, f"the old run has no p99 in {rounds} of 10 rounds"),
+    ):
+        found = judge(before, after, {"p99": 0.05})
+        assert verdict_of(found) == "inconclusive"
+        (one,) = (one for one in found if one.verdict == "inconclusive")
+        assert (one.cell, one.metric, one.reason) == (SLOWED, "p99", reason)
+    (one,) = (one for one in judge(lacking, lacking, {"p99": 0.05}) if one.cell == SLOWED)
+    assert one.reason.count(" run has no p99") == 2
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_run_that_lacks_a_percentile_throughout_has_its_cells_still() -> None:
+    old = made_run(np.random.default_rng(10), STEADY)
+    new = copy.deepcopy(old)
+    for cell in new["cells"]:
+        for one in cell["rounds"]:
+            one["latency_ns"] = one["latency_ns"] and one["latency_ns"] | {"p99": None}
+    found = judge(old, new, {"p99": 0.05})
+    assert {one.verdict for one in found} == {"inconclusive"}
+    assert {one.cell.split()[2] for one in found} == {"echo"}, "a stream has no latency"
+    new["cells"] = old["cells"] = [cell for cell in old["cells"] if cell["op"] == "stream"]
+    with pytest.raises(Error, match="no cell to judge by p99"):
+        judge(old, new, {"p99": 0.05})
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_floor_that_only_one_run_has_is_no_base() -> None:
+    """Else a ratio is compared with nanoseconds: -99.98%, improved."""
+    random = np.random.default_rng(11)
+    old, new = made_run(random, STEADY), made_run(random, STEADY)
+    for one in (old, new):
+        one["cells"] = [cell for cell in one["cells"] if cell["id"] == SLOWED]
+    new["cells"][0]["floor"] = None
+    for before, after in ((old, new), (new, old)):
+        found = {one.metric: one for one in judge(before, after, {"p50": 0.05, "cpu": 5.0})}
+        assert found["p50"].verdict == "inconclusive"
+        assert "bare tcp 64B block same-core" in found["p50"].reason
+        assert "none" in found["p50"].reason
+        assert found["cpu"].change, "it is compared as it is"
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=20))
@@ -144,6 +205,16 @@ def test_unlike_machines_are_refused_unless_asked(runs: dict[str, str]) -> None:
     assert "unlike machines" in done.stderr
     assert "cpu A CPU and Another CPU" in done.stderr
     assert call("compare", runs["old"], runs["elsewhere"], "--unlike-machines").returncode == 0
+
+
+def test_an_unlike_machine_is_refused_before_it_is_measured(
+    runs: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment, "machine", lambda: MACHINE | {"cpu": "Another CPU"})
+    monkeypatch.setattr(compare, "measure_again", lambda *_, **__: pytest.fail("it is measured"))
+    done = call("compare", runs["old"])
+    assert (done.returncode, done.stdout) == (19, "")
+    assert "cpu A CPU and Another CPU" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ A metric of a cell has regressed if it is worse beyond noise, and by more than t
 judged by Welch's test of trimmed means (Yuen: a round or two may be far off), with Holm's
 correction over all that is judged: of a hundred cells, five would be an alarm else. It has passed
 if a change as large as the limit can be ruled out. What is neither is inconclusive: more rounds
-would tell.
+would tell. So is what cannot be told at all: a percentile that had too few calls in one of the
+rounds, or a cell whose floor is another than it was.
 """
 
 import json
@@ -26,12 +27,13 @@ from rich.table import Table
 
 from ipc_bridge.console import EXIT_INTERRUPTED, CommandLineError
 from ipc_bridge.errors import Error, Status
+from ipc_bridge.harness import environment
 from ipc_bridge.harness.bench import RESULTS_DIR, measure, now
 from ipc_bridge.harness.options import RESULTS, Seconds
 from ipc_bridge.harness.results import Document, load, newest
 from ipc_bridge.harness.runner import Plan
 from ipc_bridge.harness.statistics import Shift, above_test, holm, shift
-from ipc_bridge.harness.table import Entry, cell_of
+from ipc_bridge.harness.table import Entry, cell_of, main_figure
 
 EXIT_REGRESSED = 1
 EXIT_INCONCLUSIVE = 3
@@ -72,7 +74,8 @@ class Series(NamedTuple):
 
 def costs(document: Document, entry: Entry, metric: str) -> list[float]:
     """What a metric cost in each round, in logarithms, over what the floor cost in the same round:
-    so the noise of the floor is part of that of the ratio, and of the verdict."""
+    so the noise of the floor is part of that of the ratio, and of the verdict. (CPU time has no
+    floor.)"""
     floor = next((one for one in document["floors"] if one["id"] == entry["floor"]), None)
     bases = levels(floor) if floor and metric != "cpu" else None
     found = []
@@ -92,10 +95,8 @@ def levels(floor: Entry) -> dict[int, float]:
 
 
 def cost_of(one: Mapping[str, Any], metric: str) -> float | None:
-    """Of a round; less is better. None: it has no such metric."""
+    """Of a round; less is better. None: it has no such metric, or too few calls for it."""
     if metric == "throughput":
-        if one["latency_ns"] is not None:  # of echoes it says what the latency does
-            return None
         return 1 / float(one["bytes_per_second"] or one["operations_per_second"])
     if metric == "cpu":
         sides = [one[side] for side in ("client", "server") if one[side]]
@@ -104,28 +105,55 @@ def cost_of(one: Mapping[str, Any], metric: str) -> float | None:
     return latency
 
 
+def has(entry: Entry, metric: str) -> bool:
+    """Is the metric one of such cells? A stream has no latency, unless it is paced; what the
+    throughput of calls says, their latency does too."""
+    if metric == "cpu":
+        return True
+    is_latency = main_figure(cell_of(entry))[0] == "latency_p50_ns"
+    return is_latency == (metric != "throughput")
+
+
+def lack(which: str, entry: Entry, metric: str) -> str:
+    """Why a metric is not to be judged: the rounds that lack it may be the slow ones, of too few
+    calls for a percentile, and those that are left would make the cell look quick. "": none does.
+    """
+    rounds = entry["rounds"]
+    without = sum(cost_of(one, metric) is None for one in rounds)
+    return f"the {which} run has no {metric} in {without} of {len(rounds)} rounds" * bool(without)
+
+
 # --- judging ---
 
 
 def judge(old: Document, new: Document, limits: Mapping[str, float]) -> list[Judged]:
-    """All metrics of all cells of the old run. Raises Error: NOT_FOUND: none is in both."""
+    """All metrics of all cells of the old run. Raises Error: NOT_FOUND: it has none."""
     entries = {entry["id"]: entry for entry in new["cells"]}
     series: dict[tuple[str, str], Series] = {}
     found: list[Judged] = []
     for before in old["cells"]:
         if not before["rounds"]:
             continue  # it failed then: nothing to compare with
-        after = entries.get(before["id"])
+        cell = before["id"]
+        after = entries.get(cell)
         if after is None or after["failure"] or not after["rounds"]:
             reason = (after and after["failure"]) or "not in the new run"
-            found.append(Judged(before["id"], "", "failed", None, None, 0.0, reason))
+            found.append(Judged(cell, "", "failed", None, None, 0.0, reason))
             continue
-        for metric in limits:
-            one = Series(costs(old, before, metric), costs(new, after, metric))
-            if one.old and one.new:
-                series[before["id"], metric] = one
+        for metric in (one for one in limits if has(before, one)):
+            lacks = [lack("old", before, metric), lack("new", after, metric)]
+            if before["floor"] != after["floor"] and metric != "cpu":
+                floors = [one["floor"] or "none" for one in (before, after)]
+                lacks.append(f"unlike floors: {' and '.join(floors)}")
+            if any(lacks):
+                reason, limit = "; ".join(filter(None, lacks)), limits[metric]
+                found.append(Judged(cell, metric, "inconclusive", None, None, limit, reason))
+            else:
+                one = Series(costs(old, before, metric), costs(new, after, metric))
+                series[cell, metric] = one
     if not series and not found:
-        raise Error(Status.NOT_FOUND, "the two runs have no cell in common")
+        what = f"the old run has no cell to judge by {', '.join(limits)}"
+        raise Error(Status.NOT_FOUND, what)
     return found + judge_series(series, limits)
 
 
@@ -169,9 +197,9 @@ def verdict_of(found: Sequence[Judged]) -> str:
     return "passed"
 
 
-def differences(old: Document, new: Document) -> list[str]:
-    """In what the machines are unlike."""
-    pairs = [(name, old["machine"].get(name), new["machine"].get(name)) for name in ALIKE]
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """In what two machines are unlike."""
+    pairs = [(name, old.get(name), new.get(name)) for name in ALIKE]
     return [f"{name} {was} and {now}" for name, was, now in pairs if was != now]
 
 
@@ -231,11 +259,12 @@ def compare(
     if budget and new:
         raise CommandLineError("this option goes without NEW", "--budget")
     before = load(newest(old))
-    after = load(newest(new)) if new else measure_again(before, budget, quiet=as_json)
-    unlike = differences(before, after)
-    if unlike and not unlike_machines:
+    after = load(newest(new)) if new else None
+    unlike = differences(before["machine"], after["machine"] if after else environment.machine())
+    if unlike and not unlike_machines:  # it is known before anything is measured
         what = f"unlike machines (--unlike-machines compares them): {', '.join(unlike)}"
         raise Error(Status.FAILED_PRECONDITION, what)
+    after = after or measure_again(before, budget, quiet=as_json)
     allowed = dict(limits) or LIMITS
     found = judge(before, after, allowed)
     if junit:
