@@ -13,12 +13,13 @@ from ipc_bridge.errors import Error
 from ipc_bridge.harness import results
 from ipc_bridge.harness.matrix import Cell, floor_of
 from ipc_bridge.harness.plots import cpu, latency_against_size, plots
-from ipc_bridge.harness.recommend import Wanted, recommend_from
+from ipc_bridge.harness.recommend import Wanted, recommend_from, title_of
 from ipc_bridge.harness.report import caveats, markdown_table, table_of, write
 from ipc_bridge.harness.results import Document
 from ipc_bridge.harness.table import groups
 
 TRANSPORTS = {"unix": 10e3, "tcp": 15e3, "pipe": 8e3, "shm": 2e3}  # ns
+SLOWER = {"sysv-queue": 20e3, "zmq+ipc": 40e3}  # by another's library, in some language
 SECTIONS = (
     "Pairings",
     "Latency and throughput",
@@ -36,7 +37,7 @@ def small_run(
     """Echoes and streams of some transports, in two pairings."""
     cells, floors = {}, {}
     for transport in transports:
-        ns = TRANSPORTS[transport]
+        ns = (TRANSPORTS | SLOWER)[transport]
         for server, factor in (("cpp", 1), ("py", 3)):
             for size in sizes:
                 rounds = range(1, 6)
@@ -217,3 +218,47 @@ def test_recommend_says_what_the_run_lacks(tmp_path: Path) -> None:
     done = call("recommend", saved(tmp_path), "--pairing", "py-py")
     assert (done.returncode, done.stdout) == (15, "")
     assert "the run has no cell like this: echo Python -> Python" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("pairing", "fits"),
+    [(("cpp", "cpp"), ["unix", "sysv-queue"]), (("cpp", "py"), ["unix"])],
+)
+def test_a_dependency_is_one_of_a_language(pairing: tuple[str, str], fits: list[str]) -> None:
+    """sysv-ipc comes from PyPI; C++ has the calls."""
+    document = small_run((64,), ("unix", *SLOWER))
+    wanted = Wanted("echo", 64, pairing, no_dependency=True)
+    assert [one.transport for one in recommend_from(document, wanted)[1]] == fits
+
+
+def crowd_run() -> Document:
+    """With a crowd the order is another."""
+    cells = {
+        Cell(transport, "cpp", "cpp", "echo", size, "block", "free", clients): [
+            echo_round(n, ns) for n in range(1, 6)
+        ]
+        for size in (64, 128)
+        for clients, times in ((1, (1e4, 2e4)), (8, (9e4, 5e4)))
+        for transport, ns in zip(("unix", "tcp"), times, strict=True)
+    }
+    return made(cells, {})
+
+
+@pytest.mark.parametrize(
+    ("clients", "measured", "first"), [(1, 1, "unix"), (6, 8, "tcp"), (100, 8, "tcp")]
+)
+def test_a_crowd_is_told_what_a_crowd_measured(clients: int, measured: int, first: str) -> None:
+    wanted = Wanted("echo", 64, ("cpp", "cpp"), clients=clients)
+    group, choices = recommend_from(crowd_run(), wanted)
+    assert (group.cell.clients, group.cell.size_bytes) == (measured, 64)
+    assert choices[0].transport == first
+    assert ("8 clients" in title_of(wanted, group)) == (measured == 8)
+
+
+def test_figures_of_one_client_say_so(tmp_path: Path) -> None:
+    done = call("recommend", saved(tmp_path), "--clients", "8")
+    assert done.stdout.startswith("echo of 64B for 8 clients, C++ -> C++ (measured: echo 64B")
+    assert "of one client)" in done.stdout
+    for wrong in ("-5", "0", "2000"):
+        done = call("recommend", str(tmp_path), f"--clients={wrong}")
+        assert (done.returncode, done.stdout) == (2, "")

@@ -30,17 +30,20 @@ class Traits(NamedTuple):
     waits: tuple[str, ...] = WAITS
     clients_max: int = CLIENTS_MAX
     across_hosts: bool = False
-    dependency: str = ""  # beyond the languages' own libraries
+    needs_library: tuple[str, ...] = ()  # the languages whose own libraries do not do
 
 
+BOTH = tuple(LANGUAGES)
 TRAITS = {
     "stdio": Traits("stdio_pipe", clients_max=1),
     "tcp": Traits("tcp", across_hosts=True),
     "shm": Traits("shm_ring"),
-    "zmq+ipc": Traits("zeromq", waits=("block",), dependency="ZeroMQ"),
-    "zmq+tcp": Traits("zeromq", waits=("block",), dependency="ZeroMQ", across_hosts=True),
-    "grpc+unix": Traits("grpc_rpc", waits=("block",), dependency="gRPC"),
-    "grpc+tcp": Traits("grpc_rpc", waits=("block",), dependency="gRPC", across_hosts=True),
+    "sysv-queue": Traits("sysv_queue", needs_library=("py",)),  # sysv-ipc
+    "sysv-shm": Traits("sysv_shm", needs_library=("py",)),
+    "zmq+ipc": Traits("zeromq", waits=("block",), needs_library=BOTH),
+    "zmq+tcp": Traits("zeromq", waits=("block",), needs_library=BOTH, across_hosts=True),
+    "grpc+unix": Traits("grpc_rpc", waits=("block",), needs_library=BOTH),
+    "grpc+tcp": Traits("grpc_rpc", waits=("block",), needs_library=BOTH, across_hosts=True),
 }
 
 

@@ -13,8 +13,16 @@ from rich.table import Table
 
 from ipc_bridge.errors import Error, Status
 from ipc_bridge.harness.bench import RESULTS_DIR
-from ipc_bridge.harness.matrix import OPS, PLACEMENTS, SIZE_BYTES_MAX, WAITS, size_text, traits
-from ipc_bridge.harness.options import RESULTS, Size
+from ipc_bridge.harness.matrix import (
+    CLIENTS_MAX,
+    OPS,
+    PLACEMENTS,
+    SIZE_BYTES_MAX,
+    WAITS,
+    size_text,
+    traits,
+)
+from ipc_bridge.harness.options import RESULTS, Number, Size
 from ipc_bridge.harness.programs import PAIRINGS
 from ipc_bridge.harness.results import Document, figure_of, load, newest
 from ipc_bridge.harness.table import Group, groups, pairing_label, place, scaled
@@ -90,7 +98,7 @@ def fits(scheme: str, wanted: Wanted) -> bool:
     known = traits(scheme)
     return (
         (known.across_hosts or not wanted.across_hosts)
-        and not (known.dependency and wanted.no_dependency)
+        and not (wanted.no_dependency and set(known.needs_library) & set(wanted.pairing))
         and known.clients_max >= wanted.clients
     )
 
@@ -113,7 +121,9 @@ def nearest(document: Document, wanted: Wanted) -> Group:
         raise Error(Status.NOT_FOUND, what)
 
     def distance(group: Group) -> float:
-        return abs(math.log2((1 + group.cell.size_bytes) / (1 + wanted.size_bytes)))
+        """In doublings, of the size or of the clients."""
+        size = abs(math.log2((1 + group.cell.size_bytes) / (1 + wanted.size_bytes)))
+        return size + abs(math.log2(group.cell.clients / wanted.clients))
 
     return min(found, key=distance)
 
@@ -145,8 +155,12 @@ def unit_of_work(wanted: Wanted) -> str:
 
 def title_of(wanted: Wanted, group: Group) -> str:
     """What was asked, and what answers it."""
-    size = size_text(wanted.size_bytes)
-    return f"{wanted.op} of {size}, {pairing_label(wanted.pairing)} (measured: {group.title()})"
+    asked = f"{wanted.op} of {size_text(wanted.size_bytes)}"
+    measured = group.title()
+    if wanted.clients > 1:
+        asked += f" for {wanted.clients} clients"
+        measured += " of one client" if group.cell.clients == 1 else ""
+    return f"{asked}, {pairing_label(wanted.pairing)} (measured: {measured})"
 
 
 @click.command()
@@ -161,7 +175,9 @@ def title_of(wanted: Wanted, group: Group) -> str:
 )
 @click.option("--wait", type=click.Choice(WAITS), help="only figures of peers that wait like this")
 @click.option("--placement", type=click.Choice(PLACEMENTS), help="only figures of peers placed so")
-@click.option("--clients", type=int, default=1, help="so many of one server")
+@click.option(
+    "--clients", type=Number(1, CLIENTS_MAX, whole=True), default=1, help="so many of one server"
+)
 @click.option("--across-hosts", is_flag=True, help="the peers may part one day")
 @click.option("--no-dependency", is_flag=True, help="nothing beyond the languages' own libraries")
 @click.option("--json", "as_json", is_flag=True, help="print one JSON object, on one line")
@@ -171,6 +187,7 @@ def recommend(
     """Rank the transports that fit, by the figures of a run: RESULTS, or the newest below it."""
     client, _, server = pairing.partition("-")
     options["wait"], options["placement"] = options["wait"] or "", options["placement"] or ""
+    options["clients"] = int(options["clients"])
     wanted = Wanted(op, size, (client, server), **options)
     document = load(newest(results))
     group, choices = recommend_from(document, wanted)
