@@ -14,12 +14,14 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
-from harness_support import ROOT, TINY, bench, call, run, start, temporary_directory
+from harness_support import ROOT, TINY, bench, call, echo_round, run, start, temporary_directory
 from ipc_bridge import load
 from ipc_bridge.endpoint import SCHEMES
 from ipc_bridge.errors import Error
 from ipc_bridge.harness import environment, results, statistics
+from ipc_bridge.harness.bench import measure
 from ipc_bridge.harness.matrix import (
     PROFILES,
     Axes,
@@ -275,10 +277,12 @@ def test_a_server_that_corrupts_answers_fails_the_run(tmp_path: Path) -> None:
     assert list(found["failures"]) == [bad["id"]]
 
 
-def test_a_server_that_does_not_start_fails_its_cells_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", ["false", "/no/such", str(ROOT)])
+def test_a_server_that_does_not_start_fails_its_cells_alone(command: str, tmp_path: Path) -> None:
     words = ["--transport", "unix", "--op", "echo", "--pairing", "cpp-gone,cpp-cpp"]
-    found = bench(tmp_path, *words, "--server", "gone=false", code=1)
+    found = bench(tmp_path, *words, "--server", f"gone={command}", code=1)
     assert [bool(cell["failure"]) for cell in found["cells"]] == [True, False]
+    assert command in found["cells"][0]["failure"]
 
 
 def test_a_server_that_runs_already(tmp_path: Path) -> None:
@@ -318,6 +322,53 @@ def test_an_interrupt_keeps_what_was_measured(number: signal.Signals, tmp_path: 
     assert measured
     for cell in measured:
         assert len(results.samples_of(out, cell)) == len(cell["rounds"])
+
+
+def test_a_round_is_written_when_it_is_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And so outlives whatever ends the run, by force too."""
+
+    class OneRound(Runner):
+        def run(self) -> None:
+            self.measured.cells[UNIX].append(echo_round(1, 5e3))
+            self.measured.rounds = 1
+            self._round_done()
+            raise SystemExit
+
+    monkeypatch.setattr("ipc_bridge.harness.bench.Runner", OneRound)
+    plan = Plan([UNIX], rounds=9, duration_s=1, warmup_s=0)
+    with pytest.raises(SystemExit):
+        measure(plan, {}, tmp_path, "quick", Console())
+    found = results.load(tmp_path)
+    assert (found["rounds"], found["interrupted"]) == (1, True)
+    (tmp_path / "samples.npz").write_bytes(b"PK\3\4, of which the end was not written")
+    assert results.samples_of(tmp_path, found["cells"][0]) == []
+
+
+def test_the_results_of_another_run_stay(tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text("precious")
+    done = call("bench", "--transport", "unix", "--pairing", "py-py", "-o", str(tmp_path))
+    assert done.returncode == Exit.ALREADY_EXISTS
+    assert done.stderr.startswith("error: ALREADY_EXISTS: there are results of another run, ")
+    assert os.listdir(tmp_path) == ["results.json"]
+    assert (tmp_path / "results.json").read_text() == "precious"
+
+
+def test_a_directory_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = call("bench", "--transport", "unix", "--pairing", "py-py", "-o", f"{tmp_path}/file")
+    assert re.fullmatch(rf"error: [A-Z_]+: mkdir[^\n]*, {tmp_path}/file\n", done.stderr)
+
+
+def test_a_reader_may_leave_early() -> None:
+    """As `| head -1` does."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    words = [sys.executable, "-m", "ipc_bridge.harness.cli", "bench", "--profile", "full", "--list"]
+    with os.fdopen(writer) as out:
+        done = subprocess.run(words, stdout=out, stderr=subprocess.PIPE, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_a_budget_ends_the_run_between_rounds(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import datetime
 import random
 import shlex
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ipc_bridge.console import EXIT_INTERRUPTED, CommandLineError
+from ipc_bridge.console import EXIT_INTERRUPTED, CommandLineError, encode, write_out
 from ipc_bridge.endpoint import SCHEMES
+from ipc_bridge.errors import Error, Status
 from ipc_bridge.harness import environment, table
 from ipc_bridge.harness.matrix import (
     CLIENTS_MAX,
@@ -32,12 +34,14 @@ from ipc_bridge.harness.matrix import (
     reason_to_skip,
 )
 from ipc_bridge.harness.options import ROUNDS, Each, Number, Seconds, Size, Words
-from ipc_bridge.harness.programs import LANGUAGES
-from ipc_bridge.harness.results import SAMPLES, Document, SampleFile, document, save
+from ipc_bridge.harness.programs import INTERRUPTS, LANGUAGES
+from ipc_bridge.harness.results import RESULTS, SAMPLES, Document, SampleFile, document, save
 from ipc_bridge.harness.runner import Measured, Plan, Runner
+from ipc_bridge.system import checked
 
 RESULTS_DIR = Path("results")
 EXIT_FAILED = 1  # a cell failed
+SAVE_SHARE = 20  # saving takes no more than one part in so many of a run
 ELSEWHERE = "elsewhere"  # the name of a server that runs already
 RATE_MAX = 1e9
 WORK_S_MAX = 10.0
@@ -111,7 +115,12 @@ def axis_options(command: Any) -> Any:
 @click.option("--warmup", type=Seconds(0, 3600), help="not counted, before each")
 @click.option("--budget", type=Seconds(1, 1e6), help="begin no round that would end after it")
 @click.option("--seed", type=Number(0, 1e9, whole=True), help="of the order of cells")
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="directory for the results")
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    help="directory for the results, which holds none yet",
+)
 @click.option("--list", "only_list", is_flag=True, help="show the cells, and measure nothing")
 def bench(
     profile: str,
@@ -149,10 +158,9 @@ def bench(
         seed=int(seed) if seed is not None else random.SystemRandom().randrange(1_000_000_000),
     )
     if only_list:
-        for cell in cells:
-            click.echo(cell.label())
-        for cell, reason in skipped.items():
-            click.echo(f"skipped: {cell.label()}: {reason}")
+        lines = [cell.label() for cell in cells]
+        lines += [f"skipped: {cell.label()}: {reason}" for cell, reason in skipped.items()]
+        write_out(encode("\n".join([*lines, ""])))
         return 0
     return measure(plan, skipped, out or RESULTS_DIR / f"{now():%Y%m%d-%H%M%S}", profile, Console())
 
@@ -219,11 +227,44 @@ def choose(
 def measure(
     plan: Plan, skipped: Mapping[Cell, str], out: Path, profile: str, console: Console
 ) -> int:
-    """Run the plan, write what it found, and show it; the exit code."""
-    out.mkdir(parents=True, exist_ok=True)
+    """Run the plan, write what it found, and show it; the exit code. What there is after a round is
+    written, and so survives whatever ends the run. Raises Error: ALREADY_EXISTS if the directory
+    holds a run, or that of what keeps it from being made."""
+    with checked("mkdir", str(out)):
+        out.mkdir(parents=True, exist_ok=True)
+    if (out / RESULTS).exists():
+        raise Error(Status.ALREADY_EXISTS, "there are results of another run", str(out / RESULTS))
     began, before = now(), environment.Clock.now()
     about = environment.describe()
     interrupted = False
+    saved_s, save_took_s = 0.0, 0.0
+
+    def write(is_whole: bool) -> tuple[Document, Path]:
+        noise = environment.noise(before, environment.Clock.now())
+        found = document(
+            plan,
+            runner.measured,
+            skipped,
+            about
+            | {
+                "created": began.isoformat(timespec="seconds"),
+                "profile": profile,
+                "command": ["ipc-bridge", *sys.argv[1:]],
+                "interrupted": not is_whole,
+                "noise": noise,
+                "warnings": environment.warnings(about["machine"], noise, spread(runner.measured)),
+            },
+        )
+        return found, save(out, found)
+
+    def round_done() -> None:
+        nonlocal saved_s, save_took_s
+        at_s = time.monotonic()
+        if at_s - saved_s >= SAVE_SHARE * save_took_s:
+            write(is_whole=False)
+            saved_s = time.monotonic()
+            save_took_s = saved_s - at_s
+
     with SampleFile(out / SAMPLES) as samples, progress_line() as line:
         task = line.add_task("", total=None)
 
@@ -234,27 +275,17 @@ def measure(
             )
             line.refresh()
 
-        runner = Runner(plan, samples.keep, show)
+        runner = Runner(plan, samples.keep, show, round_done)
         try:
             runner.run()
         except KeyboardInterrupt:
             interrupted = True
-    measured = runner.measured
-    noise = environment.noise(before, environment.Clock.now())
-    about |= {
-        "created": began.isoformat(timespec="seconds"),
-        "profile": profile,
-        "command": ["ipc-bridge", *sys.argv[1:]],
-        "interrupted": interrupted,
-        "noise": noise,
-        "warnings": environment.warnings(about["machine"], noise, spread(measured)),
-    }
-    found = document(plan, measured, skipped, about)
-    path = save(out, found)
+    with INTERRUPTS.hold():  # a second Ctrl-C, out of impatience, loses nothing
+        found, path = write(is_whole=not interrupted)
     finish(console, found, path)
     if interrupted:
         return EXIT_INTERRUPTED
-    return EXIT_FAILED if measured.failures else 0
+    return EXIT_FAILED if runner.measured.failures else 0
 
 
 def progress_line() -> Progress:

@@ -106,7 +106,8 @@ STARTED: list[subprocess.Popen[str]] = []  # and not yet ended
 
 
 def start(words: Sequence[str], core: int | None, stderr: IO[str] | int) -> subprocess.Popen[str]:
-    """Start a program, on one core if asked to: it inherits that from us, who return at once."""
+    """Start a program, on one core if asked to: it inherits that from us, who return at once.
+    Raises ProgramError if there is none, or it may not be run."""
     cores = os.sched_getaffinity(0)
     with INTERRUPTS.hold():
         try:
@@ -122,6 +123,8 @@ def start(words: Sequence[str], core: int | None, stderr: IO[str] | int) -> subp
                 process_group=0,
             )
             STARTED.append(process)
+        except OSError as error:
+            raise ProgramError(f"{shlex.join(words)} cannot be started: {error.strerror}") from None
         finally:
             os.sched_setaffinity(0, cores)
     return process
@@ -228,11 +231,15 @@ def on_core(core: int | None) -> list[str]:
 
 
 def move(pid: int, cores: Iterable[int]) -> None:
-    """Let a program go on elsewhere: all its threads, and what they start."""
+    """Let a program go on elsewhere: all its threads, and what they start. Raises ProgramError if
+    it is not ours to move."""
     cores = set(cores)
-    for thread in os.listdir(f"/proc/{pid}/task"):
-        with contextlib.suppress(ProcessLookupError):  # it has just ended
-            os.sched_setaffinity(int(thread), cores)
+    try:
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                os.sched_setaffinity(int(thread), cores)
+    except OSError as error:
+        raise ProgramError(f"process {pid} cannot be moved: {error.strerror}") from None
 
 
 # --- being a program ---

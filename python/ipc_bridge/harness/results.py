@@ -197,9 +197,10 @@ def validate(document: Document, where: str) -> None:
 
 
 def samples_of(directory: Path, entry: Mapping[str, Any]) -> list[Samples]:
-    """The raw samples of a cell, a round each; none where the file is not there."""
+    """The raw samples of a cell, a round each; none where the file is not there, or not whole."""
     found: list[Samples] = []
-    with contextlib.suppress(OSError, KeyError), np.load(directory / SAMPLES) as file:
+    unread = (OSError, KeyError, zipfile.BadZipFile)  # the last: of a run that was ended by force
+    with contextlib.suppress(*unread), np.load(directory / SAMPLES) as file:
         for one in entry["rounds"]:
             found.append(file[f"{entry['id']}/{one['round']}"])
     return found

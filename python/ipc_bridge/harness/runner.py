@@ -122,16 +122,24 @@ class Measured:
 
 KeepSamples = Callable[[Cell, int, Samples], None]
 Progress = Callable[[int, int, str], None]  # the steps done, those of a round, what comes now
+RoundDone = Callable[[], None]
 
 
 class Runner:
     """One run of a plan."""
 
-    def __init__(self, plan: Plan, keep: KeepSamples, progress: Progress) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        keep: KeepSamples,
+        progress: Progress,
+        round_done: RoundDone = lambda: None,
+    ) -> None:
         self.measured = Measured()
         self._plan = plan
         self._keep = keep
         self._progress = progress
+        self._round_done = round_done
         self._client_core, self._server_core = core_pair()
         self._random = random.Random(plan.seed)
         self._began_s = time.monotonic()
@@ -144,6 +152,7 @@ class Runner:
                 return
             self._round(number)
             self.measured.rounds = number
+            self._round_done()
 
     def _next_round_end_s(self) -> float:
         """Since the start, if it takes as long as those before it."""
