@@ -140,6 +140,15 @@ def test_each_round_has_its_own_order_and_processes() -> None:
     assert len(set.union(*pids)) == 12
 
 
+def test_a_program_has_the_time_that_it_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what it takes beside, which is 120 s, and here so long that the first would not do."""
+    monkeypatch.setattr("ipc_bridge.harness.programs.RUN_S", 1.0)
+    plan = Plan([UNIX], rounds=1, duration_s=0.7, warmup_s=0.4, with_floors=False)
+    runner = Runner(plan, lambda *_: None, lambda *_: None)
+    runner.run()
+    assert runner.measured.failures == {}
+
+
 # --- statistics ---
 
 

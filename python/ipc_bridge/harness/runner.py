@@ -223,7 +223,8 @@ class Runner:
         words += ["--work", decimal(cell.work_s)] if cell.work_s else []
         if not self._plan.connect:
             words += ["--server-pid", str(server.pid or "child")]
-        answer = json.loads(run(words, client_core))
+        asked_s = self._plan.duration_s + self._plan.warmup_s
+        answer = json.loads(run(words, client_core, asked_s))
         if not answer["operations"]:
             raise ProgramError(f"no {cell.op} was complete within {self._plan.duration_s:g} s")
         samples = np.fromfile(samples_path, dtype="<u8")
