@@ -21,7 +21,7 @@ from ipc_bridge import load
 from ipc_bridge.endpoint import SCHEMES
 from ipc_bridge.errors import Error
 from ipc_bridge.harness import environment, results, statistics
-from ipc_bridge.harness.bench import measure
+from ipc_bridge.harness.bench import choose, measure
 from ipc_bridge.harness.matrix import (
     PROFILES,
     Axes,
@@ -294,15 +294,42 @@ def test_a_server_that_does_not_start_fails_its_cells_alone(command: str, tmp_pa
     assert command in found["cells"][0]["failure"]
 
 
-def test_a_server_that_runs_already(tmp_path: Path) -> None:
-    with temporary_directory() as temporary, served(f"unix://{temporary}/s", "cpp") as running:
-        url = running.url
-        found = bench(tmp_path, "--connect", url, "--op", "echo")
+@pytest.mark.parametrize(("scheme", "wait"), [("unix", "adaptive"), ("zmq+tcp", "block")])
+def test_a_server_that_runs_already(scheme: str, wait: str, tmp_path: Path) -> None:
+    with temporary_directory() as temporary:
+        where = "127.0.0.1:0" if scheme == "zmq+tcp" else f"{temporary}/s"
+        with served(f"{scheme}://{where}", "cpp") as running:
+            found = bench(tmp_path, "--connect", running.url, "--op", "echo")
     assert [cell["id"] for cell in found["cells"]] == [
-        f"unix {client}-elsewhere echo 64B adaptive free" for client in ("cpp", "py")
+        f"{scheme} {client}-elsewhere echo 64B {wait} free" for client in ("cpp", "py")
     ]
     assert all(len(cell["rounds"]) == 2 for cell in found["cells"])
     assert all(cell["rounds"][0]["server"] is None for cell in found["cells"])
+    assert not [text for text in found["warnings"] if text.startswith("other programs")]
+
+
+@pytest.mark.parametrize(
+    ("url", "is_skipped"),
+    [
+        ("tcp://192.0.2.1:5000", True),
+        ("zmq+tcp://other.example:5000", True),
+        ("grpc+tcp://[2001:db8::1]:5000", True),
+        ("stdio:?wait=block /usr/bin/ssh other serve", True),
+        ("tcp://127.0.0.9:5000", False),
+        ("tcp://[::1]:5000", False),
+        ("tcp://localhost:5000", False),
+        ("unix:///tmp/s", False),
+        ("stdio:serve", False),
+    ],
+)
+def test_clocks_of_two_hosts_are_not_subtracted(url: str, is_skipped: bool) -> None:
+    """Of a paced item one reads the other's; of a call both times are the client's own."""
+    stream = UNIX._replace(
+        transport=url.partition(":")[0], server="elsewhere", op="stream", rate_hz=9
+    )
+    for cell in (stream, stream._replace(op="echo"), stream._replace(rate_hz=0)):
+        _, skipped = choose([cell], {"elsewhere": [url]}, url)
+        assert [*skipped] == ([cell] if is_skipped and cell == stream else [])
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
@@ -388,6 +415,20 @@ def test_a_budget_ends_the_run_between_rounds(tmp_path: Path) -> None:
     assert {len(cell["rounds"]) for cell in found["cells"]} == {found["rounds"]}
 
 
+def test_the_rounds_that_a_budget_allows_are_known_after_the_first() -> None:
+    class Slow(Runner):
+        def _round(self, number: int) -> None:
+            time.sleep(0.05)
+
+    expected: list[int] = []
+    plan = Plan([UNIX], rounds=1000, duration_s=1, warmup_s=0, budget_s=0.4)
+    runner = Slow(plan, lambda *_: None, lambda *_: None, lambda: expected.append(runner.rounds))
+    runner.run()
+    assert expected[0] == 1000
+    assert all(rounds <= 8 for rounds in expected[1:])
+    assert runner.rounds == runner.measured.rounds == len(expected)
+
+
 @pytest.mark.parametrize(
     ("words", "error"),
     [
@@ -399,6 +440,14 @@ def test_a_budget_ends_the_run_between_rounds(tmp_path: Path) -> None:
         ("--budget soon", "'soon' is not a time, as 0.5, 90s or 5m"),
         ("--server mine", "'mine' is not NAME=COMMAND"),
         ("--connect nowhere", f"unknown scheme; known are {', '.join(SCHEMES)}"),
+        (
+            "--connect unix:///s --pairing cpp-cpp",
+            "'cpp-cpp' is unknown; known are cpp-elsewhere, py-elsewhere",
+        ),
+        ("--connect unix:///s --wait spin", "this option goes without --connect, --wait"),
+        ("--connect unix:///s --placement free", "goes without --connect, --placement"),
+        ("--connect unix:///s --transport tcp", "goes without --connect, --transport"),
+        ("--connect unix:///s --server a=b", "this option goes without --connect, --server"),
         ("--wait spin --placement same-core", "no cell to measure: two that spin"),
         ("--profile best", "'best' is not one of"),
         ("--loud", "No such option"),
@@ -451,6 +500,8 @@ def test_the_environment_names_what_makes_figures_doubtful() -> None:
     for of_machine, of_noise, spread, text in doubts:
         (found,) = environment.warnings(of_machine, of_noise, spread)
         assert text in found
+    busy = noise | {"others_share": 0.3}
+    assert environment.warnings(machine, busy, 0.0, server_is_ours=False) == []
 
 
 def test_a_thread_that_has_ended_takes_nothing_away() -> None:

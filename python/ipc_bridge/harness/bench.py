@@ -4,6 +4,8 @@ Nothing is drawn while a cell is measured: the progress line changes between two
 """
 
 import datetime
+import ipaddress
+import os
 import random
 import shlex
 import sys
@@ -11,6 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import click
 import numpy as np
@@ -32,6 +35,7 @@ from ipc_bridge.harness.matrix import (
     cells_of,
     cores_allowed,
     reason_to_skip,
+    traits,
 )
 from ipc_bridge.harness.options import ROUNDS, Each, Number, Seconds, Size, Words
 from ipc_bridge.harness.programs import INTERRUPTS, LANGUAGES
@@ -113,7 +117,9 @@ def axis_options(command: Any) -> Any:
 @click.option("--rounds", type=ROUNDS, help="with fresh processes; 10 or more to compare runs")
 @click.option("--duration", type=Seconds(0.01, 3600), help="of one measurement")
 @click.option("--warmup", type=Seconds(0, 3600), help="not counted, before each")
-@click.option("--budget", type=Seconds(1, 1e6), help="begin no round that would end after it")
+@click.option(
+    "--budget", type=Seconds(1, 1e6), help="begin no further round that would end after it"
+)
 @click.option("--seed", type=Number(0, 1e9, whole=True), help="of the order of cells")
 @click.option(
     "-o",
@@ -143,7 +149,7 @@ def bench(
     own = own_servers(servers) | ({ELSEWHERE: [connect]} if connect else {})
     chosen = chosen_axes(axes, own, connect)
     asked = PROFILES[profile]
-    cells, skipped = choose(cells_of(asked, chosen), own)
+    cells, skipped = choose(cells_of(asked, chosen), own, connect)
     if not cells:
         reason = next(iter(skipped.values()), "the profile has none like this")
         raise CommandLineError(f"no cell to measure: {reason}")
@@ -190,11 +196,16 @@ def own_servers(texts: Sequence[str]) -> dict[str, list[str]]:
 def chosen_axes(
     options: Mapping[str, Any], own: Mapping[str, Sequence[str]], connect: str
 ) -> dict[str, Any]:
-    """The axes that the command line names."""
+    """The axes that the command line names. A server that runs already has chosen some of them."""
+    for name in ("transport", "wait", "placement"):
+        if connect and options.get(name) is not None:
+            raise CommandLineError("this option goes without --connect", f"--{name}")
+    if connect and len(own) > 1:
+        raise CommandLineError("this option goes without --connect", "--server")
     found = {AXES[name]: value for name, value in options.items() if value is not None}
     if "clients" in found:
         found["clients"] = [int(clients) for clients in found["clients"]]
-    servers = [*LANGUAGES, *own]
+    servers = [*own] if connect else [*LANGUAGES, *own]
     known = [f"{client}-{server}" for client in LANGUAGES for server in servers]
     if text := found.pop("pairing", None):
         found["pairing"] = Words(known).convert(text, None, None)
@@ -206,19 +217,38 @@ def chosen_axes(
             raise CommandLineError(f"unknown scheme; known are {', '.join(SCHEMES)}", "--connect")
         query = rest.partition("?")[2]
         waits = [word.removeprefix("wait=") for word in query.split("&") if "wait=" in word]
-        found |= {"transport": [scheme], "placement": ["free"], "wait": waits or ["adaptive"]}
-        found["pairing"] = [one for one in found["pairing"] if one.endswith(f"-{ELSEWHERE}")]
+        waits = waits or [traits(scheme).waits[-1]]  # what a server does unless told otherwise
+        found |= {"transport": [scheme], "placement": ["free"], "wait": waits}
     return found
 
 
 def choose(
-    cells: Sequence[Cell], own: Mapping[str, Sequence[str]]
+    cells: Sequence[Cell], own: Mapping[str, Sequence[str]], connect: str = ""
 ) -> tuple[list[Cell], dict[Cell, str]]:
     """Those that can be run here, and why the others cannot."""
     cores = len(cores_allowed())
     reasons = {cell: reason_to_skip(cell, cores, own) for cell in cells}
+    if connect and is_another_host(connect):
+        for cell in cells:
+            if cell.op == "stream" and cell.rate_hz:
+                reasons[cell] = "a paced item holds its time, and another host has another clock"
     run = [cell for cell, reason in reasons.items() if not reason]
     return run, {cell: reason for cell, reason in reasons.items() if reason}
+
+
+def is_another_host(url: str) -> bool:
+    """As far as the URL says: its host is not this one's loopback, or its command is ssh's."""
+    scheme, _, rest = url.partition(":")
+    if scheme == "stdio":
+        words = [word for word in rest.split() if not word.startswith("?")]
+        return os.path.basename(words[0] if words else "") == "ssh"
+    host = urlsplit(url).hostname
+    if not traits(scheme).across_hosts or host == "localhost":
+        return False
+    try:
+        return not ipaddress.ip_address(host or "").is_loopback
+    except ValueError:
+        return True
 
 
 # --- measuring ---
@@ -252,7 +282,12 @@ def measure(
                 "command": ["ipc-bridge", *sys.argv[1:]],
                 "interrupted": not is_whole,
                 "noise": noise,
-                "warnings": environment.warnings(about["machine"], noise, spread(runner.measured)),
+                "warnings": environment.warnings(
+                    about["machine"],
+                    noise,
+                    spread(runner.measured),
+                    server_is_ours=not plan.connect,
+                ),
             },
         )
         return found, save(out, found)
@@ -271,7 +306,7 @@ def measure(
         def show(done: int, total: int, text: str) -> None:
             rounds_done = runner.measured.rounds
             line.update(
-                task, completed=rounds_done * total + done, total=plan.rounds * total, what=text
+                task, completed=rounds_done * total + done, total=runner.rounds * total, what=text
             )
             line.refresh()
 

@@ -164,8 +164,15 @@ def noise(before: Clock, after: Clock) -> dict[str, Any]:
     }
 
 
-def warnings(machine: dict[str, Any], noise: dict[str, Any], spread: float | None) -> list[str]:
-    """Why to trust the figures less: one sentence each."""
+def warnings(
+    machine: dict[str, Any],
+    noise: dict[str, Any],
+    spread: float | None,
+    *,
+    server_is_ours: bool = True,
+) -> list[str]:
+    """Why to trust the figures less: one sentence each. The work of a server that ran already is
+    that of another program, and no doubt."""
     found = []
     if machine["cores_allowed"] < 2:
         found.append("one core only: client and server can never run at the same time")
@@ -179,7 +186,7 @@ def warnings(machine: dict[str, Any], noise: dict[str, Any], spread: float | Non
         found.append(f"the quota stopped programs for {noise['throttled_s']:.2f} s")
     if noise["steal_share"] > STEAL_MAX:
         found.append(f"the host took {noise['steal_share']:.1%} of the time (steal)")
-    if noise["others_share"] > OTHERS_MAX:
+    if server_is_ours and noise["others_share"] > OTHERS_MAX:
         found.append(f"other programs used {noise['others_share']:.0%} of the machine")
     if noise["load_before"] > LOAD_MAX * machine["cores"]:
         found.append(f"the load average was {noise['load_before']:.1f} at the start")

@@ -143,21 +143,18 @@ class Runner:
         self._client_core, self._server_core = core_pair()
         self._random = random.Random(plan.seed)
         self._began_s = time.monotonic()
+        self.rounds = plan.rounds  # that the budget allows, by what those before have taken
         self._steps = self._steps_of_round = 0
 
     def run(self) -> None:
         """All rounds; a KeyboardInterrupt leaves `measured` as it is then."""
-        for number in range(1, self._plan.rounds + 1):
-            if self.measured.rounds and self._next_round_end_s() > self._plan.budget_s:
-                return
+        while self.measured.rounds < self.rounds:
+            number = self.measured.rounds + 1
             self._round(number)
             self.measured.rounds = number
             self._round_done()
-
-    def _next_round_end_s(self) -> float:
-        """Since the start, if it takes as long as those before it."""
-        spent_s = time.monotonic() - self._began_s
-        return spent_s * (self.measured.rounds + 1) / self.measured.rounds
+            affordable = self._plan.budget_s * number / (time.monotonic() - self._began_s)
+            self.rounds = max(number, int(min(self._plan.rounds, affordable)))
 
     def _round(self, number: int) -> None:
         self._steps, self._steps_of_round = 0, len(self._plan.cells) + len(self._plan.floors())
