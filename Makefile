@@ -22,7 +22,7 @@ export IPC_BRIDGE_BUILD_DIR := $(CURDIR)/$(BUILD)
 ifneq ($(SANITIZE),)
 export ASAN_OPTIONS  ?= detect_leaks=1:strict_string_checks=1:detect_stack_use_after_return=1
 export UBSAN_OPTIONS ?= halt_on_error=1:print_stacktrace=1
-export TSAN_OPTIONS  ?= halt_on_error=1:second_deadlock_stack=1
+export TSAN_OPTIONS  ?= halt_on_error=1:second_deadlock_stack=1:suppressions=$(CURDIR)/tests/tsan.supp
 endif
 
 .DEFAULT_GOAL := help

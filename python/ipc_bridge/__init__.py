@@ -10,7 +10,7 @@ with connect("unix:///tmp/demo.sock") as bridge:
 
 import logging
 
-from ipc_bridge.endpoint import connect, serve, transport
+from ipc_bridge.endpoint import connect, dial, listen, serve, transport
 from ipc_bridge.errors import CallError, Error, ProtocolError, Status, UsageError
 from ipc_bridge.handlers import Call, Pause, Service
 from ipc_bridge.server import Server
@@ -32,6 +32,8 @@ __all__ = [
     "UsageError",
     "Wait",
     "connect",
+    "dial",
+    "listen",
     "make_service",
     "serve",
     "transport",

@@ -1,8 +1,8 @@
 // System V message queues: `sysv-queue`, the textbook's other IPC.
 //
-// Pick it to learn it, or where it is there already: it keeps messages whole and wakes as cheaply
-// as a pipe. A Unix socket does more: it has a descriptor, an end-of-file and no limit of the
-// machine's.
+// Pick it to learn it, or where it is there already: it keeps messages whole, and in C++ it
+// wakes as cheaply as a pipe. A Unix socket does more: it has a descriptor, an end-of-file and no
+// limit of the machine's.
 //
 // Meeting: `meeting`; the server makes a pair of queues for each client, and its answer names them.
 // The stream of bytes goes through them in chunks, so that any payload passes through any queue.

@@ -15,12 +15,12 @@ unless it may widen the connection's window. Others are remedied where they bite
 a port, proxies, channels that share a connection, reconnecting at leisure.
 
 Keys: one's own CA signs a certificate for each side, with the server's host in subjectAltName.
-    openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=ca
-        -keyout ca.key -out ca.pem
+    openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 3650
+        -subj /CN=ca -keyout ca.key -out ca.pem
     openssl req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=server
         -addext subjectAltName=DNS:HOST -keyout server.key -out server.csr
-    openssl x509 -req -copy_extensions copy -in server.csr -CA ca.pem -CAkey ca.key
-        -out server.pem
+    openssl x509 -req -copy_extensions copy -days 365 -in server.csr -CA ca.pem
+        -CAkey ca.key -out server.pem
 and the last two again for the client; then ?ca=ca.pem&cert=server.pem&key=server.key.
 
 gRPC is a session layer: this gives the faces of Client and Server, not a Stream. Handlers run in a
