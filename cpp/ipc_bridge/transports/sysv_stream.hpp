@@ -283,7 +283,7 @@ class SysvStream : public Stream, public Watched {
   private:
     // Sleep until there is something to read, or nothing more will come: true.
     bool sleep(std::int64_t deadline_ns) {
-        while (!has_some() && may_sleep()) {
+        while (may_sleep()) {
             const Awake awake{*this};
             if (deadline_ns != never) {
                 wake_ns = deadline_ns;
@@ -308,10 +308,11 @@ class SysvStream : public Stream, public Watched {
         ~Awake() { stream.woken(); }
     };
 
-    // Before the reader sleeps: may it? Then `woken` must follow.
+    // Before the reader sleeps: may it? Then `woken` must follow. (What it has, the watcher may
+    // just add to.)
     bool may_sleep() {
         const std::lock_guard lock(lock_);
-        sleeping_ = !over_ && !interrupted_;
+        sleeping_ = !has_some() && !over_ && !interrupted_;
         return sleeping_;
     }
 

@@ -197,7 +197,7 @@ class SysvStream(Stream, Watched):
 
     def _sleep(self, deadline_ns: int) -> bool:
         """Sleep until there is something to read, or nothing more will come: True."""
-        while not self._has_some() and self._may_sleep():
+        while self._may_sleep():
             try:
                 if deadline_ns != NEVER:
                     self.wake_ns = deadline_ns
@@ -240,9 +240,10 @@ class SysvStream(Stream, Watched):
         return END
 
     def _may_sleep(self) -> bool:
-        """Before the reader sleeps: may it? Then `_woken` must follow."""
+        """Before the reader sleeps: may it? Then `_woken` must follow. (What it has, the watcher
+        may just add to.)"""
         with self._lock:
-            self._sleeping = not (self._over or self._interrupted)
+            self._sleeping = not (self._has_some() or self._over or self._interrupted)
             return self._sleeping
 
     def _woken(self) -> None:
