@@ -58,14 +58,15 @@ struct Command {
 };
 
 inline const std::string payload_value = "TEXT|@FILE|-";
+inline const Option window_option = {
+    "--window", "BYTES", "how far a stream may run ahead of us (default 4MiB)"};
 inline const std::vector<Option> common_options = {
-    {"--window", "BYTES", "how far a stream may run ahead of its reader (default 4MiB)"},
     {"--max-payload", "BYTES", "largest payload taken from the peer (default 64MiB)"},
     {"--json", "", "print one JSON object, on one line, instead of text"},
 };
 inline const std::vector<Option> serve_options = {
     {"--ready-file", "FILE", "write the URL into FILE once clients may come"},
-    {"--clients-max", "N", "turn further clients away (default 256)"},
+    {"--clients-max", "N", "turn further clients away; with grpc, further calls (default 256)"},
     {"--grace", "SECONDS", "for running calls to end in when told to stop (default 1)"},
 };
 inline const std::vector<Option> echo_options = {
@@ -78,6 +79,7 @@ inline const std::vector<Option> stream_options = {
     {"--size", "BYTES", "of an item, as 64, 4KiB or 1MiB"},
     {"--rate", "HZ", "items a second (default: as fast as they are read)"},
     {"--timeout", "SECONDS", "for connecting (default 5), and for all items (no limit)"},
+    window_option,
 };
 inline const std::vector<Option> bench_options = {
     {"--op", "echo|stream", "what to measure: round trips, or one endless stream"},
@@ -91,6 +93,7 @@ inline const std::vector<Option> bench_options = {
     {"--samples", "FILE", "write the latencies into FILE, as u64 little-endian ns"},
     {"--work", "SECONDS", "sleep so long after each item of a stream (default 0)"},
     {"--server-pid", "PID|child", "report what that process uses too, or stdio's server"},
+    window_option,
 };
 inline const Option help_option = {"--help", "", "print this help, and leave"};
 inline const Option version_option = {"--version", "", "print the version, and leave"};
@@ -118,6 +121,16 @@ inline const std::vector<Command> commands = {
      "bench unix:///tmp/demo.sock --op echo --size 64 --duration 2 --warmup 0.5"},
 };
 
+inline const std::vector<Option> url_options = {
+    {"wait", "block|spin|adaptive", "how to wait (default adaptive; zmq and grpc block)"},
+    {"allow_remote", "1", "serve other hosts, unencrypted: tcp, zmq+tcp, grpc+tcp"},
+    {"curve", "FILE", "keys of `ipc-bridge curve-keys`: zmq+ipc, zmq+tcp"},
+    {"ca", "FILE", "who signs the other side's certificate: grpc+tcp"},
+    {"cert", "FILE", "our own certificate: grpc+tcp"},
+    {"key", "FILE", "its private key: grpc+tcp"},
+    {"name", "NAME", "in the server's certificate, if not its host: grpc+tcp"},
+};
+
 // The texts of a list, one after the other.
 template <class List, class Make>
 inline std::string joined(const List& list, const std::string& between, Make make) {
@@ -136,14 +149,20 @@ inline std::string url_form(const std::string& scheme) {
     return scheme + (scheme.ends_with("tcp") ? "://127.0.0.1:5000" : ":///tmp/demo");
 }
 
-// The forms of a URL, for every help.
+// The forms of a URL and its options, for every help.
 inline std::string url_help() {
     const std::string forms = joined(endpoint::schemes, "", [](const endpoint::Scheme& scheme) {
         return "  " + url_form(std::string(scheme.name)) + "\n";
     });
-    return "URL is one of\n" + forms +
-           "and may end in ?wait=block, spin or adaptive (the default); for stdio that stands "
-           "before\nthe command: stdio:?wait=spin COMMAND WORDS\n";
+    const std::string options = joined(url_options, "", [](const Option& option) {
+        std::string form = option.name + "=" + option.value;
+        form.resize(26, ' ');
+        return "  " + form + option.text + "\n";
+    });
+    return "URL is one of\n" + forms + "and may end in options, as ?wait=spin&allow_remote=1:\n" +
+           options +
+           "zmq takes no spin, grpc nothing but block. Those of stdio stand before the command:\n"
+           "stdio:?wait=spin COMMAND WORDS. In a path ? is written %3F, # %23 and % %25.\n";
 }
 
 // The help of the program as a whole.

@@ -145,7 +145,6 @@ int run_serve(const Arguments& arguments) {
     ServeOptions options;
     options.clients_max = arguments.count("--clients-max", 1, clients_max, clients_max_default);
     options.grace_s = arguments.number("--grace", 0, number_max, grace_s_default);
-    options.window_bytes = arguments.window_bytes;
     options.payload_bytes_max = arguments.payload_bytes_max;
     std::unique_ptr<Callee> running;  // outlives the thread of the signals
     StopSignals signals;

@@ -6,6 +6,7 @@ texts are long (help, JSON), the two outputs are compared with each other.
 
 import array
 import contextlib
+import inspect
 import json
 import logging
 import os
@@ -21,9 +22,9 @@ from typing import Any
 import pytest
 
 import ipc_bridge
-from ipc_bridge import arguments
+from ipc_bridge import Error, arguments, endpoint
 from ipc_bridge import peer as twin
-from ipc_bridge.endpoint import SCHEMES
+from ipc_bridge.endpoint import SCHEMES, way_of
 from ipc_bridge.frame import PAYLOAD_BYTES_LIMIT, PAYLOAD_BYTES_MAX
 from ipc_bridge.server import CLIENTS_MAX, GRACE_S
 from ipc_bridge.service import ECHO, STREAM, Pattern, make_service
@@ -122,8 +123,14 @@ def failed(outcome: Outcome) -> tuple[int, str]:
             "echo unix:///x --payload x --count 0",
             "'0' is not within 1 to 999999999999999999, --count",
         ),
-        ("serve unix:///x --window 0", "'0' is not within 1 to 1073741824, --window"),
-        ("serve unix:///x --window 2GiB", "'2GiB' is not within 1 to 1073741824, --window"),
+        (
+            "stream unix:///x --count 1 --size 1 --window 0",
+            "'0' is not within 1 to 1073741824, --window",
+        ),
+        (
+            "stream unix:///x --count 1 --size 1 --window 2GiB",
+            "'2GiB' is not within 1 to 1073741824, --window",
+        ),
         (
             "serve unix:///x --max-payload 999999999999999999GiB",
             "'999999999999999999GiB' is not within 0 to {limit}, --max-payload",
@@ -400,6 +407,32 @@ def test_the_overview_is_the_same() -> None:
         assert f"  {scheme}:" in texts[0].out.decode()
 
 
+def test_the_help_tells_the_options_of_a_url() -> None:
+    """All there are, and the schemes that take each: those it names, or every one."""
+    for scheme in SCHEMES:
+        form = arguments.url_form(scheme)
+        for name, value, text in arguments.URL_OPTIONS:
+            takers = text.partition(": ")[2].split(", ")
+            query = f"?{name}={value.partition('|')[0]}"
+            query += {"cert": "&key=K", "key": "&cert=C"}.get(name, "")  # they go together
+            url = f"stdio:{query} x" if scheme == "stdio" else form + query
+            if scheme in takers or takers == [""]:
+                way_of(url)
+            else:
+                with pytest.raises(Error, match="unknown option"):
+                    way_of(url)
+    source = inspect.getsource(endpoint)
+    known = set(re.findall(r'"([a-z_]+)"', " ".join(re.findall(r"\(url, \{(.*?)\}\)", source))))
+    assert {option.name for option in arguments.URL_OPTIONS} == known
+
+
+@each_language
+def test_the_window_is_for_who_reads_a_stream(language: str) -> None:
+    line = "error: INVALID_ARGUMENT: unknown option, --window\n"
+    for words in ("serve unix:///x", "echo unix:///x --payload x"):
+        assert failed(run(language, *words.split(), "--window", "1")) == (2, line)
+
+
 @each_language
 def test_the_version(language: str) -> None:
     expected = (0, f"ipc-bridge-peer {ipc_bridge.__version__} ({language})\n".encode(), "")
@@ -408,7 +441,9 @@ def test_the_version(language: str) -> None:
 
 
 def test_the_help_tells_the_defaults() -> None:
-    text = " ".join(option.text for option in (*arguments.COMMON, *arguments.SERVE))
+    text = " ".join(
+        option.text for option in (*arguments.COMMON, *arguments.SERVE, arguments.WINDOW)
+    )
     assert f"(default {WINDOW_BYTES >> 20}MiB)" in text
     assert f"(default {PAYLOAD_BYTES_MAX >> 20}MiB)" in text
     assert f"(default {CLIENTS_MAX})" in text

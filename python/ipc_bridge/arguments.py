@@ -50,14 +50,14 @@ class Command(NamedTuple):
 
 
 PAYLOAD = "TEXT|@FILE|-"
+WINDOW = Option("--window", "BYTES", "how far a stream may run ahead of us (default 4MiB)")
 COMMON = (
-    Option("--window", "BYTES", "how far a stream may run ahead of its reader (default 4MiB)"),
     Option("--max-payload", "BYTES", "largest payload taken from the peer (default 64MiB)"),
     Option("--json", "", "print one JSON object, on one line, instead of text"),
 )
 SERVE = (
     Option("--ready-file", "FILE", "write the URL into FILE once clients may come"),
-    Option("--clients-max", "N", "turn further clients away (default 256)"),
+    Option("--clients-max", "N", "turn further clients away; with grpc, further calls (default 256)"),
     Option("--grace", "SECONDS", "for running calls to end in when told to stop (default 1)"),
 )
 ECHO = (
@@ -70,6 +70,7 @@ STREAM = (
     Option("--size", "BYTES", "of an item, as 64, 4KiB or 1MiB"),
     Option("--rate", "HZ", "items a second (default: as fast as they are read)"),
     Option("--timeout", "SECONDS", "for connecting (default 5), and for all items (no limit)"),
+    WINDOW,
 )
 BENCH = (
     Option("--op", "echo|stream", "what to measure: round trips, or one endless stream"),
@@ -83,6 +84,7 @@ BENCH = (
     Option("--samples", "FILE", "write the latencies into FILE, as u64 little-endian ns"),
     Option("--work", "SECONDS", "sleep so long after each item of a stream (default 0)"),
     Option("--server-pid", "PID|child", "report what that process uses too, or stdio's server"),
+    WINDOW,
 )
 HELP = Option("--help", "", "print this help, and leave")
 VERSION = Option("--version", "", "print the version, and leave")
@@ -117,6 +119,16 @@ COMMANDS = (
     ),
 )
 
+URL_OPTIONS = (
+    Option("wait", "block|spin|adaptive", "how to wait (default adaptive; zmq and grpc block)"),
+    Option("allow_remote", "1", "serve other hosts, unencrypted: tcp, zmq+tcp, grpc+tcp"),
+    Option("curve", "FILE", "keys of `ipc-bridge curve-keys`: zmq+ipc, zmq+tcp"),
+    Option("ca", "FILE", "who signs the other side's certificate: grpc+tcp"),
+    Option("cert", "FILE", "our own certificate: grpc+tcp"),
+    Option("key", "FILE", "its private key: grpc+tcp"),
+    Option("name", "NAME", "in the server's certificate, if not its host: grpc+tcp"),
+)
+
 
 def url_form(scheme: str) -> str:
     """What a URL of a scheme looks like."""
@@ -126,12 +138,14 @@ def url_form(scheme: str) -> str:
 
 
 def url_help() -> str:
-    """The forms of a URL, for every help."""
+    """The forms of a URL and its options, for every help."""
     forms = "".join(f"  {url_form(scheme)}\n" for scheme in SCHEMES)
+    options = "".join(f"  {name + '=' + value:<26}{text}\n" for name, value, text in URL_OPTIONS)
     return (
         f"URL is one of\n{forms}"
-        "and may end in ?wait=block, spin or adaptive (the default); for stdio that stands before\n"
-        "the command: stdio:?wait=spin COMMAND WORDS\n"
+        f"and may end in options, as ?wait=spin&allow_remote=1:\n{options}"
+        "zmq takes no spin, grpc nothing but block. Those of stdio stand before the command:\n"
+        "stdio:?wait=spin COMMAND WORDS. In a path ? is written %3F, # %23 and % %25.\n"
     )
 
 
@@ -314,7 +328,7 @@ class Arguments:
         )
 
     def _find(self, name: str) -> str | None:
-        value: str | None = self._values[name[2:].replace("-", "_")]
+        value: str | None = self._values.get(name[2:].replace("-", "_"))
         return value
 
     @staticmethod

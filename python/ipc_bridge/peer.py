@@ -60,7 +60,6 @@ def run_serve(arguments: Arguments) -> int:
     signals = StopSignals()
     with serve(
         arguments.url,
-        window_bytes=arguments.window_bytes,
         payload_bytes_max=arguments.payload_bytes_max,
         clients_max=clients_max,
         grace_s=grace_s,
