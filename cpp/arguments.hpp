@@ -66,7 +66,7 @@ inline const std::vector<Option> common_options = {
 };
 inline const std::vector<Option> serve_options = {
     {"--ready-file", "FILE", "write the URL into FILE once clients may come"},
-    {"--clients-max", "N", "turn further clients away; with grpc, further calls (default 256)"},
+    {"--clients-max", "N", "turn further clients away (of grpc, calls; default 256)"},
     {"--grace", "SECONDS", "for running calls to end in when told to stop (default 1)"},
 };
 inline const std::vector<Option> echo_options = {

@@ -1,14 +1,17 @@
 """The client over a stream that fails. Its C++ twin is tests/cpp/test_client.cpp."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
-from ipc_bridge import CallError, Error, ProtocolError, Status
+from ipc_bridge import CallError, Error, ProtocolError, Service, Status, UsageError
+from ipc_bridge import connect as connect_bridge
 from ipc_bridge.client import Client, connect
 from ipc_bridge.errors import SystemError
 from ipc_bridge.session import ServerSession
 from ipc_bridge.system import WOULD_BLOCK, Buffer, Listener, Spinner, Stream, Transport, Wait
+from peer_support import served
 
 FAILURES = [ProtocolError("a record of an impossible size", "here"), SystemError("read", 5, "here")]
 
@@ -82,6 +85,36 @@ def one_by_one(client: Client) -> None:
 
 def in_batches(client: Client) -> None:
     list(client.call_stream(2).batches())
+
+
+@pytest.mark.parametrize("scheme", ["unix", "grpc+unix"])
+def test_what_cannot_be_asked_for(scheme: str, tmp_path: Path) -> None:
+    """Nothing is sent then, and the connection lives. (A lane has been found by an echo before.)"""
+    with served(f"{scheme}://{tmp_path}/s", "cpp") as up, connect_bridge(up.url) as bridge:
+        for _ in range(3):
+            bridge.echo(b"warm")
+        for method in (0, -1, 65536, 1 << 40):
+            for call in (bridge.call, bridge.call_stream):
+                with pytest.raises(UsageError, match=f"method {method} is not within") as caught:
+                    call(method, b"x")
+                assert caught.value.status == Status.INVALID_ARGUMENT
+                assert caught.value.where == up.url
+        for text in ("x", "x" * 100_000):
+            with pytest.raises(TypeError):
+                bridge.echo(text)  # type: ignore[arg-type]
+        for count, size in ((-1, 1), (1, -1), (1 << 64, 1), (1, 1 << 32)):
+            with pytest.raises(UsageError) as caught:
+                bridge.stream(count, size)
+            assert caught.value.status == Status.INVALID_ARGUMENT
+        assert bytes(bridge.echo(b"lives", timeout=5.0)) == b"lives"
+
+
+@pytest.mark.parametrize("method", [0, -1, 65536])
+def test_what_cannot_be_registered(method: int) -> None:
+    for register in (Service().unary, Service().streaming):
+        with pytest.raises(UsageError, match="not within 1 to 65535") as caught:
+            register(method, lambda call, request: b"")
+        assert caught.value.status == Status.INVALID_ARGUMENT
 
 
 @pytest.mark.parametrize("call", [unary, large, one_by_one, in_batches])

@@ -177,10 +177,18 @@ class Client : public Caller {
 
     // Call a unary method and return its reply, a view that lives until the next call.
     //
-    // `timeout` in seconds; none: wait as long as it takes. Throws UsageError if nothing was sent
-    // (FAILED_PRECONDITION: a stream is open; RESOURCE_EXHAUSTED: too large), CallError with the
-    // server's status, DEADLINE_EXCEEDED, or UNAVAILABLE if the server has gone; the connection
-    // lives after all but UNAVAILABLE, and a deadline met while the request was still being sent.
+    // `method` is not 0; `timeout` in seconds; none: wait as long as it takes. Throws UsageError if
+    // nothing was sent (FAILED_PRECONDITION: a stream is open; INVALID_ARGUMENT: no number of a
+    // method; RESOURCE_EXHAUSTED: too large), CallError with the server's status,
+    // DEADLINE_EXCEEDED, or UNAVAILABLE if the server has gone, ProtocolError if it breaks the
+    // rules, SystemError, and Error (FAILED_PRECONDITION) in the child of a fork.
+    //
+    // The connection lives after UsageError, any status that a handler gave (its own UNAVAILABLE,
+    // too), and a deadline. What ends it: the server's end or farewell, whose status may be another
+    // than UNAVAILABLE (RESOURCE_EXHAUSTED: it is full, or hangs up on who reads no answers);
+    // ProtocolError, SystemError and a fork; and a deadline met while the request was still being
+    // sent. Each further call throws CallError, UNAVAILABLE, then: connect anew. (gRPC does that by
+    // itself: there the connection lives after all but a fork.)
     Bytes call(
         std::uint16_t method, Bytes payload = {}, std::optional<double> timeout = std::nullopt
     ) override {

@@ -94,6 +94,13 @@ inline constexpr std::size_t iovec_max = 1024;  // IOV_MAX, <limits.h>
 // Refills without need of a grown buffer before it is given back.
 inline constexpr int idle_refills_max = 256;
 
+// Throws UsageError: INVALID_ARGUMENT for what is no number of a method; here only 0 is none.
+inline void check_method(std::uint16_t method, const std::string& where = "") {
+    if (method == 0) {
+        throw UsageError(Status::INVALID_ARGUMENT, "method 0 is not within 1 to 65535", where);
+    }
+}
+
 // The highest value of each field of one kind of frame; 0 means that it is unused.
 struct Rule {
     std::uint32_t payload_size;

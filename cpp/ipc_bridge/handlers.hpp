@@ -69,14 +69,17 @@ class Service {
   public:
     bool blocks = false;  // does any of the handlers? (Python's is the parameter's name as well)
 
-    // Register a method that answers once.
+    // Register a method that answers once. Throws UsageError: INVALID_ARGUMENT for number 0. (In
+    // Python also for what is above 65535, which no number is here.)
     void unary(std::uint16_t method, UnaryHandler handler, bool may_block = true) {
+        frame::check_method(method);
         blocks = blocks || may_block;
         unary_[method] = std::move(handler);
     }
 
-    // Register a method that answers with a stream of items.
+    // Register a method that answers with a stream of items. Throws as `unary`.
     void streaming(std::uint16_t method, StreamHandler handler, bool may_block = true) {
+        frame::check_method(method);
         blocks = blocks || may_block;
         streaming_[method] = std::move(handler);
     }
@@ -124,6 +127,7 @@ class Call {
     Call(const Call&) = delete;
     Call& operator=(const Call&) = delete;
 
+    // On the monotonic clock, CLOCK_MONOTONIC, in ns; `never` if the client set none.
     const std::int64_t deadline_ns;
 
     // Look at the input: has the client cancelled or gone, or is the deadline past?

@@ -121,7 +121,8 @@ inline Payload echo(Call& /*call*/, Bytes request) {
     return request;
 }
 
-// `count` items of the pattern, paced if asked for. Throws Error: INVALID_ARGUMENT.
+// `count` items of the pattern, paced if asked for. Throws Error: INVALID_ARGUMENT for a request
+// that makes no sense, RESOURCE_EXHAUSTED for items that the client does not take.
 inline Producer stream(Call& call, Bytes request) {
     const StreamRequest asked = service_detail::parse(request);
     if (asked.size() > call.peer_payload_bytes_max()) {

@@ -221,8 +221,9 @@ class ClientSession : public Session {
 
     // Start a call; `remaining` milliseconds to its deadline, 0 for none.
     //
-    // Throws UsageError (FAILED_PRECONDITION: another call is open; RESOURCE_EXHAUSTED: more than
-    // the server takes) or CallError (UNAVAILABLE); nothing is sent then.
+    // Throws UsageError (FAILED_PRECONDITION: another call is open; INVALID_ARGUMENT: no number of
+    // a method; RESOURCE_EXHAUSTED: more than the server takes) or CallError (UNAVAILABLE); nothing
+    // is sent then.
     void call(std::uint16_t method_, Bytes request, bool streaming_, std::uint32_t remaining) {
         if (state != State::IDLE) {
             if (state == State::OPEN) {
@@ -235,6 +236,7 @@ class ClientSession : public Session {
         if (leaving_) {
             throw CallError(Status::UNAVAILABLE, "the server is shutting down");
         }
+        frame::check_method(method_);
         if (request.size() > peer_payload_bytes_max) {
             throw UsageError(
                 Status::RESOURCE_EXHAUSTED,

@@ -57,7 +57,7 @@ COMMON = (
 )
 SERVE = (
     Option("--ready-file", "FILE", "write the URL into FILE once clients may come"),
-    Option("--clients-max", "N", "turn further clients away; with grpc, further calls (default 256)"),
+    Option("--clients-max", "N", "turn further clients away (of grpc, calls; default 256)"),
     Option("--grace", "SECONDS", "for running calls to end in when told to stop (default 1)"),
 )
 ECHO = (

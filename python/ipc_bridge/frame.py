@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from enum import IntEnum
 from typing import NamedTuple
 
-from ipc_bridge.errors import MESSAGE_BYTES_MAX, ProtocolError, Status
+from ipc_bridge.errors import MESSAGE_BYTES_MAX, ProtocolError, Status, UsageError
 
 HEADER = struct.Struct("<IBBHII")  # payload_size, kind, flags, code, call_id, value
 HEADER_BYTES = 16
@@ -23,6 +23,7 @@ MAGIC = b"IPCB"
 VERSION = 1
 STREAM_WANTED = 1  # flag of CALL: the answer is a stream
 
+METHOD_MAX = (1 << 16) - 1  # of CALL; and 1 is the least, as in bridge.proto
 PAYLOAD_BYTES_MAX = 64 << 20  # default; what one frame may make a receiver hold
 PAYLOAD_BYTES_LIMIT = 1 << 31  # so that what a reader owes (half a window, an item) fits in CREDIT
 BUFFER_BYTES = 256 << 10  # a socket's buffer holds about as much, so one read empties it
@@ -72,6 +73,13 @@ _RULES = {
     int(Kind.CANCEL): _Rule(0, 0, 0, 0, 1, _U32),
     int(Kind.GOODBYE): _Rule(0, 0, 0, _U32, 0, 0),
 }
+
+
+def check_method(method: int, where: str = "") -> None:
+    """Raises UsageError: INVALID_ARGUMENT for what is no number of a method."""
+    if not 1 <= method <= METHOD_MAX:
+        what = f"method {method} is not within 1 to {METHOD_MAX}"
+        raise UsageError(Status.INVALID_ARGUMENT, what, where)
 
 
 def encode(

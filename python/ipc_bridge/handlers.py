@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from ipc_bridge.errors import Error, Status
-from ipc_bridge.frame import Buffer
+from ipc_bridge.frame import Buffer, check_method
 
 REASONS = {
     Status.CANCELLED: "cancelled by the client",
@@ -47,12 +47,15 @@ class Service:
         self._streaming: dict[int, StreamHandler] = {}
 
     def unary(self, method: int, handler: UnaryHandler, blocks: bool = True) -> None:
-        """Register a method that answers once."""
+        """Register a method that answers once. Raises UsageError: INVALID_ARGUMENT for a number
+        that is not within 1 to 65535."""
+        check_method(method)
         self.blocks = self.blocks or blocks
         self._unary[method] = handler
 
     def streaming(self, method: int, handler: StreamHandler, blocks: bool = True) -> None:
-        """Register a method that answers with a stream of items."""
+        """Register a method that answers with a stream of items. Raises as `unary`."""
+        check_method(method)
         self.blocks = self.blocks or blocks
         self._streaming[method] = handler
 
@@ -75,6 +78,7 @@ class Call(ABC):
     """What a handler knows of the call it answers."""
 
     deadline_ns: int
+    """On the monotonic clock, CLOCK_MONOTONIC, in ns; system.NEVER if the client set none."""
 
     @abstractmethod
     def is_cancelled(self) -> bool:

@@ -12,7 +12,7 @@ from typing import Self
 
 from ipc_bridge.bridge_pb2 import StreamRequest
 from ipc_bridge.client import Caller, ItemStream
-from ipc_bridge.errors import Error, Status
+from ipc_bridge.errors import Error, Status, UsageError
 from ipc_bridge.frame import Buffer
 from ipc_bridge.handlers import Call, Item, Pause, Service
 from ipc_bridge.system import now_ns
@@ -68,7 +68,8 @@ def echo(call: Call, request: memoryview) -> Buffer:
 
 
 def stream(call: Call, request: memoryview) -> Iterator[Item]:
-    """`count` items of the pattern, paced if asked for. Raises Error: INVALID_ARGUMENT."""
+    """`count` items of the pattern, paced if asked for. Raises Error: INVALID_ARGUMENT for a
+    request that makes no sense, RESOURCE_EXHAUSTED for items that the client does not take."""
     asked = _parse(bytes(request))
     if asked.size > call.peer_payload_bytes_max:
         what = f"items of {asked.size} bytes, the client takes {call.peer_payload_bytes_max}"
@@ -134,9 +135,14 @@ class Bridge:
     ) -> ItemStream:
         """`count` items of `size` bytes, each a view that lives until the next; see bridge.proto.
 
-        Leaving the loop early cancels. Raises as Client.call_stream does.
+        Leaving the loop early cancels. Raises UsageError (INVALID_ARGUMENT) for a negative count or
+        size, and as Client.call_stream does.
         """
-        asked = StreamRequest(count=count, size=size, rate_hz=rate_hz, stamped=stamped)
+        try:
+            asked = StreamRequest(count=count, size=size, rate_hz=rate_hz, stamped=stamped)
+        except ValueError:  # beyond its fields, u64 and u32. (C++ has types for that.)
+            what = f"{count} items of {size} bytes"
+            raise UsageError(Status.INVALID_ARGUMENT, what) from None
         return self.call_stream(STREAM, asked.SerializeToString(), timeout)
 
     def close(self) -> None:

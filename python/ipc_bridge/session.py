@@ -14,6 +14,7 @@ one can always leave the lane, and never needs it. What must hold for it is foun
 once; `quiet` tells that it still does. (C++ has none: there it would gain nothing.)
 """
 
+import struct
 from collections.abc import Callable
 from enum import IntEnum
 from typing import Any, ClassVar
@@ -197,8 +198,9 @@ class ClientSession(Session):
     def call(self, method: int, payload: Buffer, streaming: bool, remaining_ms: int) -> None:
         """Start a call; `remaining_ms` to its deadline, 0 for none.
 
-        Raises UsageError (FAILED_PRECONDITION: another call is open; RESOURCE_EXHAUSTED: more
-        than the server takes) or CallError (UNAVAILABLE); nothing is sent then.
+        Raises UsageError (FAILED_PRECONDITION: another call is open; INVALID_ARGUMENT: no number of
+        a method; RESOURCE_EXHAUSTED: more than the server takes) or CallError (UNAVAILABLE);
+        nothing is sent then.
         """
         self._leave_lane()
         if self.state != State.IDLE:
@@ -208,6 +210,7 @@ class ClientSession(Session):
             raise CallError(Status.UNAVAILABLE, "the connection is closed")
         if self._leaving:
             raise CallError(Status.UNAVAILABLE, "the server is shutting down")
+        frame.check_method(method)
         size = len(payload)
         if size > self.peer_payload_bytes_max:
             what = f"payload of {size} bytes, the server takes {self.peer_payload_bytes_max}"
@@ -231,10 +234,14 @@ class ClientSession(Session):
             self.state is not IDLE
             or size > self._small_bytes_max
             or not (self.quiet or self.find_lane())
+            or not method
         ):
             return None
         call_id = self._next_id
-        request = _PACK(size, _CALL, 0, method, call_id, remaining_ms) + payload
+        try:
+            request = _PACK(size, _CALL, 0, method, call_id, remaining_ms) + payload
+        except struct.error:  # no number of a method, as `call` will say
+            return None
         if len(request) != HEADER_BYTES + size:
             return None  # a view of elements wider than a byte
         self._call_id = call_id

@@ -18,6 +18,7 @@
 #include <doctest/doctest.h>
 
 #include <ipc_bridge/client.hpp>
+#include <ipc_bridge/handlers.hpp>
 
 namespace {
 
@@ -175,6 +176,19 @@ TEST_CASE("what a stream throws ends the connection, as its end-of-file does") {
             }
         }
     }
+}
+
+TEST_CASE("no method has the number 0") {
+    Script script;
+    To transport(script);
+    Client client(transport);
+    const char* what = "INVALID_ARGUMENT: method 0 is not within 1 to 65535, here";
+    CHECK_THROWS_WITH_AS(client.call(0), what, UsageError);
+    CHECK_THROWS_WITH_AS(client.call_stream(0), what, UsageError);
+    CHECK(!script.is_closed);
+    Service service;
+    CHECK_THROWS_AS(service.unary(0, {}), UsageError);
+    CHECK_THROWS_AS(service.streaming(0, {}), UsageError);
 }
 
 TEST_CASE("next_batch gives all items that are here, each once, whatever came before") {

@@ -90,7 +90,7 @@ class RpcClient : public Caller {
     // As Client::call; but the connection lives also after UNAVAILABLE, as gRPC connects again, and
     // after a deadline met while the request was still being sent.
     Bytes call(std::uint16_t method, Bytes payload, std::optional<double> timeout) override {
-        const std::int64_t deadline_ns = prepare(payload, timeout);
+        const std::int64_t deadline_ns = prepare(method, payload, timeout);
         if (method == echo_method) {
             return bytes_of(answer(&Bridge::Stub::Echo, echo_, payload, deadline_ns));
         }
@@ -101,7 +101,7 @@ class RpcClient : public Caller {
     Items call_stream(std::uint16_t method, Bytes payload, std::optional<double> timeout) override {
         auto source = std::make_unique<Source>(*this);
         OpenStream& open = *source->open;
-        introduce(open.context, prepare(payload, timeout));
+        introduce(open.context, prepare(method, payload, timeout));
         StreamRequest asked;
         if (method == stream_method &&
             asked.ParseFromArray(payload.data(), static_cast<int>(payload.size()))) {
@@ -208,7 +208,7 @@ class RpcClient : public Caller {
     }
 
     // What is checked before any call; its deadline. Throws as Caller::call.
-    std::int64_t prepare(Bytes payload, std::optional<double> timeout) {
+    std::int64_t prepare(std::uint16_t method, Bytes payload, std::optional<double> timeout) {
         const std::int64_t deadline_ns = deadline_after(timeout);
         if (deadline_ns != never && deadline_ns <= now_ns()) {
             throw CallError(Status::DEADLINE_EXCEEDED, "the deadline has passed", url_);
@@ -222,6 +222,7 @@ class RpcClient : public Caller {
         if (!stub_) {
             throw CallError(Status::UNAVAILABLE, "the connection is closed", url_);
         }
+        frame::check_method(method, url_);
         if (payload.size() > peer_payload_bytes_max_) {
             throw UsageError(
                 Status::RESOURCE_EXHAUSTED,

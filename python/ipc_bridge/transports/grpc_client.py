@@ -122,7 +122,7 @@ class RpcClient:
         """As Client.call; but the connection lives also after UNAVAILABLE, as gRPC connects again,
         and after a deadline met while the request was still being sent."""
         request = _bytes_of(payload)
-        timeout = self._prepare(len(request), timeout)
+        timeout = self._prepare(method, len(request), timeout)
         try:
             if method == ECHO:
                 echo = EchoRequest(payload=request)
@@ -137,7 +137,7 @@ class RpcClient:
     ) -> "RpcItems":
         """As Client.call_stream."""
         request = _bytes_of(payload)
-        timeout = self._prepare(len(request), timeout)
+        timeout = self._prepare(method, len(request), timeout)
         asked = _stream_request(request) if method == STREAM else None
         if asked is not None:
             responses = self._stream(asked, timeout, self._metadata)
@@ -162,7 +162,7 @@ class RpcClient:
             what = "the connection is the parent's, from before the fork: connect anew"
             raise UsageError(Status.FAILED_PRECONDITION, what, self.url)
 
-    def _prepare(self, size: int, timeout: float | None) -> float | None:
+    def _prepare(self, method: int, size: int, timeout: float | None) -> float | None:
         """What is checked before any call; the timeout for gRPC. Raises as Client.call."""
         if timeout is not None:
             if timeout <= 0:
@@ -175,6 +175,7 @@ class RpcClient:
             raise UsageError(Status.FAILED_PRECONDITION, what, self.url)
         if self._closed:
             raise CallError(Status.UNAVAILABLE, "the connection is closed", self.url)
+        frame.check_method(method, self.url)
         if size > self._peer_payload_bytes_max:
             what = too_large(size, "server", self._peer_payload_bytes_max)
             raise UsageError(Status.RESOURCE_EXHAUSTED, what, self.url)
