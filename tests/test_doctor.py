@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -152,6 +154,27 @@ def test_a_missing_tool_is_told() -> None:
     assert code == 1
     assert "cmake             missing" in out
     assert "make setup" in out
+
+
+def test_every_tool_and_module_of_setup_is_looked_for() -> None:
+    """The commands that .make/setup looks for, and what the extras for users bring."""
+    listed = (ROOT / ".make" / "setup").read_text().partition('SYSTEM_PACKAGES="')[2].partition('"')
+    commands = {line.split()[1] for line in listed[0].strip().splitlines()}
+    commands = {command for command in commands if not re.search(r"/|^-|[.]h", command)}
+    assert commands <= doctor.TOOLS.keys()
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    named = {
+        re.split("[><=]", one)[0]
+        for extra in ("sysv", "zmq", "grpc", "harness")
+        for one in extras["optional-dependencies"][extra]
+    }
+    modules = {
+        "pyzmq": "zmq",
+        "grpcio": "grpc",
+        "grpcio-health-checking": "grpc_health",
+        "grpcio-reflection": "grpc_reflection",
+    }
+    assert {modules.get(one, one.replace("-", "_")) for one in named} == doctor.MODULES.keys()
 
 
 def test_the_mark_is_that_of_the_transports() -> None:

@@ -297,7 +297,10 @@ def _grpc_rpc(url: str) -> Any:
         from ipc_bridge.transports import grpc_rpc
     except ImportError as error:
         if (error.name or "").partition(".")[0] not in ("grpc", "grpc_health", "grpc_reflection"):
-            what = f"the generated code is missing or of no use ({error}); run `make build`"
+            what = (
+                f"the generated code is missing or of no use ({error}); `make build` makes it, "
+                "and so does pip install, where protobuf-compiler-grpc is installed"
+            )
             raise Error(Status.FAILED_PRECONDITION, what, url) from None
         what = f"{error.name} is missing: pip install 'ipc-bridge[grpc]'"
         raise Error(Status.FAILED_PRECONDITION, what, url) from None

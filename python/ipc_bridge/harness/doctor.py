@@ -36,11 +36,28 @@ TOOLS = {  # and what each is for
     "cmake": "building the C++ programs",
     "g++": "building the C++ programs",
     "ninja": "building the C++ programs",
+    "pkg-config": "building against what is installed",
     "protoc": "the request of Stream",
+    "grpc_cpp_plugin": "gRPC in C++",
+    "grpc_python_plugin": "gRPC in Python",
+    "clang-format": "make lint",
     "strace": "tests that inject faults",
     "ipcrm": "removing leftovers",
 }
-MODULES = {"sysv_ipc": "sysv", "zmq": "zmq", "grpc": "grpc", "numpy": "harness", "rich": "harness"}
+MODULES = {  # and the extra that brings each
+    "sysv_ipc": "sysv",
+    "zmq": "zmq",
+    "grpc": "grpc",
+    "grpc_health": "grpc",
+    "grpc_reflection": "grpc",
+    "click": "harness",
+    "jinja2": "harness",
+    "jsonschema": "harness",
+    "matplotlib": "harness",
+    "numpy": "harness",
+    "rich": "harness",
+    "scipy": "harness",
+}
 
 
 @dataclass
