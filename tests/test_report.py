@@ -197,6 +197,14 @@ def test_report_takes_the_newest_run(tmp_path: Path) -> None:
     assert done.stderr.startswith("error: NOT_FOUND: no results; `ipc-bridge bench` makes them, ")
 
 
+def test_a_directory_that_cannot_be_is_an_error(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    done = call("report", saved(tmp_path), "-o", str(file))
+    assert (done.returncode, done.stdout) == (17, "")
+    assert done.stderr == f"error: PERMISSION_DENIED: File exists, {file}\n"
+
+
 def recommended(tmp_path: Path, *words: str) -> list[dict[str, str]]:
     done = call("recommend", saved(tmp_path), *words, "--json")
     assert (done.returncode, done.stderr) == (0, "")
