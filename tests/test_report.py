@@ -165,6 +165,19 @@ def test_a_cell_that_failed_has_no_place(tmp_path: Path) -> None:
         assert not any(name in ("shm", "shm cpp-cpp") for name in names)
 
 
+@pytest.mark.parametrize(("rounds", "place"), [(1, "1-2"), (4, "1-2"), (5, "1")])
+def test_too_few_rounds_are_a_tie(rounds: int, place: str) -> None:
+    """10.00 and 10.01 us of one round each have no interval, so that none overlap."""
+    cells = {
+        Cell(transport, "cpp", "cpp", "echo", 64, "block", "free"): [
+            echo_round(n, ns) for n in range(1, rounds + 1)
+        ]
+        for transport, ns in (("unix", 10_000), ("tcp", 10_010))
+    }
+    _, choices = recommend_from(made(cells, {}), Wanted("echo", 64, ("cpp", "cpp")))
+    assert (choices[0].transport, choices[0].place) == ("unix", place)
+
+
 def test_nothing_is_drawn_of_a_setting_whose_cells_failed() -> None:
     document = small_run((64,))
     for cell in document["cells"]:

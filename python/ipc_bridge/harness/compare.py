@@ -32,14 +32,13 @@ from ipc_bridge.harness.bench import RESULTS_DIR, measure, now
 from ipc_bridge.harness.options import RESULTS, Seconds
 from ipc_bridge.harness.results import Document, load, newest
 from ipc_bridge.harness.runner import Plan
-from ipc_bridge.harness.statistics import Shift, above_test, holm, shift
+from ipc_bridge.harness.statistics import ROUNDS_MIN, Shift, above_test, holm, shift
 from ipc_bridge.harness.table import Entry, cell_of, main_figure
 
 EXIT_REGRESSED = 1
 EXIT_INCONCLUSIVE = 3
 EXIT_CELL_FAILED = 4
 ALPHA = 0.05  # of a false alarm, over all that is judged; of passing what is worse, for each
-ROUNDS_MIN = 5  # of a cell, on either side: of fewer, nothing could be trimmed off
 ROUNDS_TO_GATE = 10  # with fewer, small changes stay inconclusive
 LIMITS = {"p50": 0.05, "throughput": 0.05}  # the metrics that are judged: what they may lose
 METRICS = ("p50", "p90", "p99", "p99_9", "max", "throughput", "cpu")

@@ -21,6 +21,7 @@ from ipc_bridge.harness.plots import Plot, plots
 from ipc_bridge.harness.programs import PAIRINGS
 from ipc_bridge.harness.recommend import Wanted, recommend_from, title_of
 from ipc_bridge.harness.results import Document, figure_of, load, newest
+from ipc_bridge.harness.statistics import ROUNDS_MIN
 from ipc_bridge.harness.table import (
     Entry,
     Group,
@@ -127,8 +128,8 @@ def save(plot: Plot, directory: Path) -> dict[str, Any]:
 def caveats(document: Document) -> list[str]:
     """Why to trust the figures less."""
     found = [text[0].upper() + text[1:] + "." for text in document["warnings"]]
-    if document["rounds"] < 5:
-        found.append("Fewer than five complete rounds: the intervals say little.")
+    if document["rounds"] < ROUNDS_MIN:
+        found.append("Fewer than five complete rounds: the intervals say little, and all is a tie.")
     if document["interrupted"]:
         found.append("The run was interrupted: later rounds are missing.")
     if document["failures"]:

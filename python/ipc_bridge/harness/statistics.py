@@ -28,6 +28,7 @@ QUANTILES = {
     "p99_99": (0.9999, 10_000),
     "max": (1.0, 1),
 }
+ROUNDS_MIN = 5  # of fewer, neither an interval nor a test says anything
 RESAMPLES = 2000
 CONFIDENCE = 0.95
 TRIM = 0.2
@@ -79,6 +80,11 @@ def ranks(figures: Mapping[str, Figure], best_is_low: bool = True) -> dict[str, 
             below, above = above, below
         places[name] = (1 + below, len(figures) - above)
     return places
+
+
+def unknown(value: float) -> Figure:
+    """A figure of too few rounds for an interval: a tie with all."""
+    return Figure(value, -math.inf, math.inf)
 
 
 # --- comparing two runs ---

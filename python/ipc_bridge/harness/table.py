@@ -10,7 +10,7 @@ from rich.table import Table
 from ipc_bridge.harness.matrix import Cell, setting_label
 from ipc_bridge.harness.programs import LANGUAGES
 from ipc_bridge.harness.results import Document, figure_of
-from ipc_bridge.harness.statistics import Figure, ranks
+from ipc_bridge.harness.statistics import ROUNDS_MIN, Figure, ranks, unknown
 
 WIDTH_OFF_TERMINAL = 110
 Entry = dict[str, Any]
@@ -51,8 +51,13 @@ class Group:
     def places(
         self, pairing: tuple[str, str], among: Sequence[str] | None = None
     ) -> dict[str, tuple[int, int]]:
-        """The place of each transport (among some), as a range where it is a tie."""
+        """The place of each transport (among some), as a range where it is a tie: with all others,
+        if the rounds are too few for an interval."""
         figures = self.figures(pairing)
+        for name, found in figures.items():
+            entry = self.find(name, pairing)
+            if entry and len(entry["rounds"]) < ROUNDS_MIN:
+                figures[name] = unknown(found.value)
         some = {name: figures[name] for name in among or () if name in figures}
         return ranks(figures if among is None else some, self.best_is_low)
 
