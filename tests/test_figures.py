@@ -21,7 +21,7 @@ def test_readme_takes_the_figures_of_a_run() -> None:
     after = figures.readme_with(before, small_run((64, 64 << 10)))
 
     made = figures.page_figures(after, "pipe").splitlines()
-    assert made[-4] == "| | C++ -> C++ | C++ -> Python | C++ -> C++ / floor |"
+    assert made[-4] == "| | C++ -> C++ | C++ -> Python | each / C++ floor |"
     assert made[-2].startswith("| echo of 64 bytes, median us | 8.24 (2) |")
     for setting in figures.SETTINGS:
         before = figures.replaced(before, setting, figures.figures(after, setting))

@@ -1,5 +1,6 @@
 """`ipc-bridge report` and `recommend`: a page that needs nothing else, and what follows from it."""
 
+import io
 import json
 import re
 from collections.abc import Sequence
@@ -7,16 +8,17 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from harness_support import call, echo_round, made, stream_round
 from ipc_bridge.errors import Error
 from ipc_bridge.harness import results
 from ipc_bridge.harness.matrix import Cell, floor_of
-from ipc_bridge.harness.plots import cpu, latency_against_size, plots
+from ipc_bridge.harness.plots import cpu, intervals, latency_against_size, plots
 from ipc_bridge.harness.recommend import Wanted, recommend_from, title_of
 from ipc_bridge.harness.report import caveats, markdown_table, table_of, write
 from ipc_bridge.harness.results import Document
-from ipc_bridge.harness.table import groups
+from ipc_bridge.harness.table import groups, make_table
 
 TRANSPORTS = {"unix": 10e3, "tcp": 15e3, "pipe": 8e3, "shm": 2e3}  # ns
 SLOWER = {"sysv-queue": 20e3, "zmq+ipc": 40e3}  # by another's library, in some language
@@ -132,10 +134,14 @@ def test_one_size_makes_no_plot_against_size() -> None:
 
 def test_the_markdown_has_the_figures(report: Path) -> None:
     text = (report / "report.md").read_text()
-    assert "**echo 64B block same-core**, median in us" in text
+    assert "**echo 64B block same-core**, median latency in us" in text
     row = re.search(r"^\| `pipe` \| ([\d.]+) \((\S+)\) \|", text, re.MULTILINE)
     assert row
     assert (float(row[1]), row[2]) == (8.24, "2")
+    assert "| each / C++ floor |" in text
+    over = re.search(r"^\| `pipe` \|.*\| (\S+) (\S+) \|$", text, re.MULTILINE)
+    assert over
+    assert [*map(float, over.groups())] == [8.24, 24.72], "of each pairing, over the same floor"
     widths = {line.count("|") for line in text.splitlines() if line.startswith("| `")}
     assert widths == {5}
     assert "- A virtual machine" in text
@@ -187,6 +193,35 @@ def test_nothing_is_drawn_of_a_setting_whose_cells_failed() -> None:
     assert all(plot.title.startswith("stream") for plot in found)
     with pytest.raises(Error, match="no cell like this"):
         recommend_from(document, Wanted("echo", 64, ("cpp", "cpp")))
+
+
+def test_a_pairing_without_cpp_has_its_overheads_too() -> None:
+    document = small_run((64,))
+    document["cells"] = [cell for cell in document["cells"] if cell["server"] == "py"]
+    group = groups(document)[0]
+    assert markdown_table(group)[2].endswith(" | 30.90 |")
+    out = io.StringIO()
+    Console(width=200, file=out).print(make_table(group))
+    (unix,) = (line for line in out.getvalue().splitlines() if "unix" in line)
+    assert unix.split()[-1] == "30.90"
+
+
+def test_a_latency_says_what_it_is_a_latency_of(tmp_path: Path) -> None:
+    """That of an item of a paced stream is one way; and an age begins elsewhere."""
+    paced = Cell("unix", "cpp", "cpp", "stream", 64, "block", "free", rate_hz=100.0)
+    ages = {"p50": 9000, "p99": None}
+    document = made({paced: [echo_round(n, 1e4) | {"age_ns": ages} for n in range(1, 6)]}, {})
+    (group,) = groups(document)
+    assert str(make_table(group).title).startswith(
+        "stream 64B block free 100/s: median one-way latency in us"
+    )
+    write(document, tmp_path)
+    assert "**, median one-way latency in us" in (tmp_path / "report.md").read_text()
+    page = " ".join(Page((tmp_path / "report.html").read_text()).text.split())
+    for text in ("it is one way", "An item's age runs from when it was due", "polls the rest"):
+        assert text in page
+    axes = intervals(group).canvas.axes[0]
+    assert axes.get_xlabel().startswith("median one-way latency in us")
 
 
 def test_caveats_of_an_unfinished_run() -> None:

@@ -176,7 +176,7 @@ def intervals(group: Group) -> Plot:
     plain(axes.xaxis)
     axes.set_yticks(range(len(group.transports)), group.transports)
     axes.invert_yaxis()
-    what = {"us": "median latency (us)", "items/s": "items/s", "MB/s": "MB/s"}[group.unit]
+    what = group.quantity()
     axes.set_xlabel(f"{what}, log scale, 95% interval over rounds")
     axes.set_title(group.title())
     legend(axes)
@@ -273,7 +273,8 @@ def percentiles(group: Group) -> list[Plot]:
         shown = {nines(share): text for share, text in ticks.items() if nines(share) < last}
         axes.set_xticks([*shown], [*shown.values()])
         axes.set_xlabel("percentile (each step a tenth of the rest)")
-        axes.set_ylabel("latency (us), log scale")
+        one_way = "one-way " * (group.cell.op == "stream")
+        axes.set_ylabel(f"{one_way}latency (us), log scale")
         title = f"{group.title()}, {pairing_label(pairing)}"
         axes.set_title(title)
         legend(axes)

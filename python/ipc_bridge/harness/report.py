@@ -23,9 +23,11 @@ from ipc_bridge.harness.recommend import Wanted, recommend_from, title_of
 from ipc_bridge.harness.results import Document, figure_of, load, newest
 from ipc_bridge.harness.statistics import ROUNDS_MIN
 from ipc_bridge.harness.table import (
+    OVERHEADS,
     Entry,
     Group,
     groups,
+    over_floor,
     pairing_label,
     place,
     scaled,
@@ -234,21 +236,19 @@ def markdown(document: Document) -> str:
         f"{machine['cpu']}, {machine['cores_allowed']} cores"
         f"{', virtual' if machine['virtual'] else ''}; {software['system']}, {software['kernel']}; "
         f"{software['python']}; {software['compiler']}; {document['created'][:10]}, "
-        f"{document['rounds']} rounds. In brackets: the place; 2-4 is a tie.",
+        f"{document['rounds']} rounds. In brackets: the place; 2-4 is a tie. "
+        "Last column: how many times the floor, in C++, each pairing takes, in their order.",
         "",
     ]
     for group in groups(document):
-        unit = {"us": "median in us", "items/s": "items a second", "MB/s": "MB a second"}[
-            group.unit
-        ]
-        lines += [f"**{group.title()}**, {unit}", "", *markdown_table(group), ""]
+        lines += [f"**{group.title()}**, {group.quantity()}", "", *markdown_table(group), ""]
     lines += [f"- {text}" for text in caveats(document)]
     return "\n".join(lines) + "\n"
 
 
 def markdown_table(group: Group) -> list[str]:
     """The main figures of one setting: transports by pairings."""
-    heads = ["transport", *map(pairing_label, group.pairings), "C++ -> C++ / floor"]
+    heads = ["transport", *map(pairing_label, group.pairings), OVERHEADS]
     lines = [row_of(heads), row_of(["---", *["---:"] * (len(heads) - 1)])]
     places = {pairing: group.places(pairing) for pairing in group.pairings}
     for transport in group.transports:
@@ -256,8 +256,7 @@ def markdown_table(group: Group) -> list[str]:
             shown(group.find(transport, pairing), group, places[pairing].get(transport))
             for pairing in group.pairings
         ]
-        found = group.figure(transport, ("cpp", "cpp"), "overhead")
-        lines.append(row_of([f"`{transport}`", *cells, f"{found.value:.2f}" if found else "-"]))
+        lines.append(row_of([f"`{transport}`", *cells, over_floor(group, transport)]))
     return lines
 
 

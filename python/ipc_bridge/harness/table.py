@@ -12,7 +12,8 @@ from ipc_bridge.harness.programs import LANGUAGES
 from ipc_bridge.harness.results import Document, figure_of
 from ipc_bridge.harness.statistics import ROUNDS_MIN, Figure, ranks, unknown
 
-WIDTH_OFF_TERMINAL = 110
+WIDTH_OFF_TERMINAL = 130
+OVERHEADS = "each / C++ floor"  # the name of a column
 Entry = dict[str, Any]
 
 
@@ -29,6 +30,13 @@ class Group:
     def title(self) -> str:
         """What all its cells share."""
         return setting_label(self.cell)
+
+    def quantity(self) -> str:
+        """What its main figure is a figure of, with the unit."""
+        if self.unit != "us":
+            return {"items/s": "items a second", "MB/s": "MB a second"}[self.unit]
+        one_way = "" if self.cell.op == "echo" else "one-way "
+        return f"median {one_way}latency in us"
 
     def find(self, transport: str, pairing: tuple[str, str]) -> Entry | None:
         """One cell."""
@@ -110,22 +118,20 @@ def place(places: tuple[int, int]) -> str:
 
 def make_table(group: Group) -> Table:
     """One setting."""
-    what = {"us": "median latency in us", "items/s": "items a second", "MB/s": "MB a second"}
-    title = f"{group.title()}: {what[group.unit]} (place; 2-4 is a tie)"
+    title = f"{group.title()}: {group.quantity()} (place; 2-4 is a tie)"
     table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
     table.add_column("client -> server", no_wrap=True)
     places = {}
     for pairing in group.pairings:
         places[pairing] = group.places(pairing)
         table.add_column(pairing_label(pairing), justify="right", no_wrap=True)
-    table.add_column("C++ -> C++ / floor", justify="right", no_wrap=True)
+    table.add_column(OVERHEADS, justify="right", no_wrap=True)
     for transport in group.transports:
         row = [transport]
         for pairing in group.pairings:
             entry = group.find(transport, pairing)
             row.append(shown(entry, group, places[pairing].get(transport)))
-        found = group.figure(transport, ("cpp", "cpp"), "overhead")
-        table.add_row(*row, f"{found.value:.2f}" if found else "-")
+        table.add_row(*row, over_floor(group, transport))
     return table
 
 
@@ -139,6 +145,14 @@ def shown(entry: Entry | None, group: Group, places: tuple[int, int] | None) -> 
     if value is None or places is None:
         return "-"
     return f"{scaled(value.value, group.unit)} ({place(places)})"
+
+
+def over_floor(group: Group, transport: str) -> str:
+    """How many times the floor each pairing takes, in the order of the columns; "-": none has one.
+    The floors are those of C++, whatever the pairing's languages: so much does Python add to the
+    mechanism alone."""
+    found = [group.figure(transport, pairing, "overhead") for pairing in group.pairings]
+    return " ".join(f"{one.value:.2f}" if one else "-" for one in found) if any(found) else "-"
 
 
 def print_results(console: Console, document: Document) -> None:
