@@ -686,6 +686,8 @@ def bench(language: str, url: str, samples: Path, words: str) -> dict[str, Any]:
         rank = -(-len(ordered) * share // 100)
         assert result["latency_ns"][name] == (ordered[rank - 1] if ordered else None)
     assert (result["latency_ns"]["p99_9"] is None) == (len(ordered) < 1000)
+    if result["age_ns"]["p50"] is not None:  # one of each item that has a latency
+        assert (result["age_ns"]["p99"] is None) == (len(ordered) < 100)
     assert result["memory_peak_bytes"] > 1 << 20
     assert result["cpu_s"]["user"] + result["cpu_s"]["system"] > 0
     return result
@@ -747,6 +749,7 @@ def test_bench_shows_a_consumer_that_is_too_slow(
         waiting = bench(language, url, tmp_path / "samples", f"{words} --window 1")
     for result in (ahead, waiting):
         assert result["operations"] <= 60
+        assert result["age_ns"]["p99"] is None, "of so few it would be the maximum"
         assert result["age_ns"]["max"] >= 250e6
     assert ahead["latency_ns"]["max"] >= 240e6
     assert waiting["latency_ns"]["p50"] < 0.5 * waiting["age_ns"]["p50"]

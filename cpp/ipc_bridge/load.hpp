@@ -52,6 +52,7 @@ inline constexpr std::int64_t look_ns = 1'000'000;
 // And how many items, at most.
 inline constexpr int look_items_max = 1024;
 // With fewer, it would be the maximum under another name.
+inline constexpr std::size_t p99_samples_min = 100;
 inline constexpr std::size_t p99_9_samples_min = 1000;
 // As a server's process: the one that stdio started.
 inline constexpr int child = -1;
@@ -146,8 +147,9 @@ inline void sleep_until(std::int64_t at_ns) {
     }
 }
 
-// Nearest rank: each is a latency that occurred. Null where there are too few samples.
-inline Json percentiles(std::vector<std::uint64_t> ordered) {
+// Nearest rank: each is a time that occurred. Null where there are too few samples; for the p99 of
+// latencies any number will do, as they are there to look at, and ages are not.
+inline Json percentiles(std::vector<std::uint64_t> ordered, std::size_t p99_min = 1) {
     std::sort(ordered.begin(), ordered.end());
     const std::size_t count = ordered.size();
     const auto at = [&](std::size_t per_mille, std::size_t count_min) {
@@ -156,7 +158,7 @@ inline Json percentiles(std::vector<std::uint64_t> ordered) {
     return {
         {"p50", at(500, 1)},
         {"p90", at(900, 1)},
-        {"p99", at(990, 1)},
+        {"p99", at(990, p99_min)},
         {"p99_9", at(999, p99_9_samples_min)},
         {"max", at(1000, 1)},
     };
@@ -497,7 +499,7 @@ struct Result {
         json["verification_failures"] = sum(&Worker::failures);
         json["samples"] = latencies.size();
         json["latency_ns"] = percentiles(latencies);
-        json["age_ns"] = percentiles(ages());
+        json["age_ns"] = percentiles(ages(), p99_samples_min);
         json["cpu_s"] = {{"user", usage.user_s}, {"system", usage.system_s}};
         json["context_switches"] = {
             {"voluntary", usage.voluntary}, {"involuntary", usage.involuntary}};
