@@ -18,7 +18,7 @@ from ipc_bridge.harness.plots import cpu, intervals, latency_against_size, plots
 from ipc_bridge.harness.recommend import Wanted, recommend_from, title_of
 from ipc_bridge.harness.report import caveats, markdown_table, table_of, write
 from ipc_bridge.harness.results import Document
-from ipc_bridge.harness.table import groups, make_table
+from ipc_bridge.harness.table import groups, make_table, print_results
 
 TRANSPORTS = {"unix": 10e3, "tcp": 15e3, "pipe": 8e3, "shm": 2e3}  # ns
 SLOWER = {"sysv-queue": 20e3, "zmq+ipc": 40e3}  # by another's library, in some language
@@ -222,6 +222,34 @@ def test_a_latency_says_what_it_is_a_latency_of(tmp_path: Path) -> None:
         assert text in page
     axes = intervals(group).canvas.axes[0]
     assert axes.get_xlabel().startswith("median one-way latency in us")
+
+
+@pytest.mark.parametrize(
+    ("placements", "begin"),
+    [
+        (("same-core", "cross-core"), None),
+        (("same-core", "free"), "cells placed `free`: no pinning"),
+        (("free",), "no pinning: the system may move the peers"),
+    ],
+)
+def test_peers_that_are_not_pinned_are_a_caveat(
+    placements: tuple[str, ...], begin: str | None
+) -> None:
+    cells = {
+        Cell("unix", "cpp", "cpp", "echo", 64, "block", placement): [
+            echo_round(n, 1e4) for n in range(1, 6)
+        ]
+        for placement in placements
+    }
+    document = made(cells, {})
+    out = io.StringIO()
+    print_results(Console(width=200, file=out), document)
+    assert ("no pinning" in out.getvalue()) == bool(begin)
+    if begin:
+        assert f"warning: {begin}" in out.getvalue()
+        assert caveats(document)[0].startswith(begin[0].upper() + begin[1:])
+    else:
+        assert caveats(document) == []
 
 
 def test_caveats_of_an_unfinished_run() -> None:

@@ -11,6 +11,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -162,6 +163,14 @@ def noise(before: Clock, after: Clock) -> dict[str, Any]:
         "others_share": max(0.0, others_s / core_s),
         "throttled_s": after.throttled_s - before.throttled_s,
     }
+
+
+def unpinned(placements: Collection[str]) -> list[str]:
+    """The warning of a run that has cells placed so, if there is one."""
+    if "free" not in placements:
+        return []
+    which = "" if set(placements) == {"free"} else "cells placed `free`: "
+    return [f"{which}no pinning: the system may move the peers, onto one core or two, at any time"]
 
 
 def warnings(

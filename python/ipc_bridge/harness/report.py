@@ -26,6 +26,7 @@ from ipc_bridge.harness.table import (
     OVERHEADS,
     Entry,
     Group,
+    doubts,
     groups,
     over_floor,
     pairing_label,
@@ -129,7 +130,7 @@ def save(plot: Plot, directory: Path) -> dict[str, Any]:
 
 def caveats(document: Document) -> list[str]:
     """Why to trust the figures less."""
-    found = [text[0].upper() + text[1:] + "." for text in document["warnings"]]
+    found = [text[0].upper() + text[1:] + "." for text in doubts(document)]
     if document["rounds"] < ROUNDS_MIN:
         found.append("Fewer than five complete rounds: the intervals say little, and all is a tie.")
     if document["interrupted"]:

@@ -7,6 +7,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ipc_bridge.harness import environment
 from ipc_bridge.harness.matrix import Cell, setting_label
 from ipc_bridge.harness.programs import LANGUAGES
 from ipc_bridge.harness.results import Document, figure_of
@@ -155,6 +156,12 @@ def over_floor(group: Group, transport: str) -> str:
     return " ".join(f"{one.value:.2f}" if one else "-" for one in found) if any(found) else "-"
 
 
+def doubts(document: Document) -> list[str]:
+    """Why to trust the figures less: what the machine did, and where the peers ran."""
+    placements = {entry["placement"] for entry in document["cells"] if entry["rounds"]}
+    return [*document["warnings"], *environment.unpinned(placements)]
+
+
 def print_results(console: Console, document: Document) -> None:
     """All tables, what failed, what was skipped, and the warnings."""
     is_shown = console.is_terminal or console.quiet
@@ -176,5 +183,5 @@ def print_results(console: Console, document: Document) -> None:
         console.out(f"skipped: {count} cells: {reason}", highlight=False)
     for what, text in document["failures"].items():
         console.out(f"failed: {what}: {'; '.join(text.splitlines())}", style="red", highlight=False)
-    for text in document["warnings"]:
+    for text in doubts(document):
         console.out(f"warning: {text}", style="yellow", highlight=False)
