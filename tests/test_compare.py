@@ -199,6 +199,21 @@ def test_the_table_names_the_worst_first(runs: dict[str, str]) -> None:
     assert done.returncode == 0
 
 
+def test_what_has_no_change_says_why(runs: dict[str, str]) -> None:
+    """As long as it is, and the table keeps its width."""
+    done = call("compare", runs["old"], runs["broken"], "--max-regression", "p99.9=5%")
+    *_, counts, verdict = done.stdout.splitlines()
+    assert "failed: pipe py-py echo 64B block same-core: error: DATA_LOSS: 3 answers" in done.stdout
+    assert (counts.startswith("1 failed, "), verdict) == (True, "verdict: failed")
+    lacking = Path(runs["old"]).with_name("lacking")
+    document = without(results.load(Path(runs["old"])), "p99_9", 3)
+    done = call(
+        "compare", str(saved(lacking, document)), runs["old"], "--max-regression", "p99.9=9%"
+    )
+    line = f"inconclusive: {SLOWED} p99_9: the old run has no p99_9 in 3 of 10 rounds\n"
+    assert line in done.stdout
+
+
 def test_unlike_machines_are_refused_unless_asked(runs: dict[str, str]) -> None:
     done = call("compare", runs["old"], runs["elsewhere"])
     assert (done.returncode, done.stdout) == (19, "")

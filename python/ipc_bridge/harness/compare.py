@@ -318,7 +318,8 @@ def percent(share: float) -> str:
 
 
 def show(console: Console, found: Sequence[Judged], old: Document, new: Document) -> None:
-    """What did not pass, the largest changes of the rest, and the verdict."""
+    """What did not pass, the largest changes of the rest, what has no change and why, and the
+    verdict."""
     order = {verdict: place for place, verdict in enumerate(VERDICTS)}
     bad = sorted(found, key=lambda one: (order[one.verdict], -(one.change or (0,))[0]))
     table = Table(box=box.SIMPLE, pad_edge=False)
@@ -330,10 +331,13 @@ def show(console: Console, found: Sequence[Judged], old: Document, new: Document
             table.add_row(
                 one.verdict, one.cell, one.metric, change, f"{low} to {high}", percent(one.limit)
             )
-        else:
-            table.add_row(one.verdict, one.cell, one.metric, one.reason.split("\n")[0], "", "")
     wide = console if console.is_terminal else Console(width=120)
-    wide.print(table)
+    if table.rows:
+        wide.print(table)
+    for one in bad:
+        if not one.change:
+            what = f"{one.cell} {one.metric}".rstrip()
+            console.out(f"{one.verdict}: {what}: {one.reason.splitlines()[0]}", highlight=False)
     counts = ", ".join(
         f"{sum(one.verdict == verdict for one in found)} {verdict}"
         for verdict in VERDICTS

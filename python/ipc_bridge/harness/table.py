@@ -153,7 +153,7 @@ def over_floor(group: Group, transport: str) -> str:
     The floors are those of C++, whatever the pairing's languages: so much does Python add to the
     mechanism alone."""
     found = [group.figure(transport, pairing, "overhead") for pairing in group.pairings]
-    return " ".join(f"{one.value:.2f}" if one else "-" for one in found) if any(found) else "-"
+    return " ".join(scaled(one.value, "") if one else "-" for one in found) if any(found) else "-"
 
 
 def doubts(document: Document) -> list[str]:
