@@ -164,6 +164,11 @@ def test_a_cell_that_failed_has_no_place(tmp_path: Path) -> None:
     assert (shown[1].strip(), shown[2].strip()) == ("`shm`", "failed")
     _, choices = recommend_from(document, Wanted("echo", 64, ("cpp", "cpp")))
     assert [one.transport for one in choices] == ["pipe", "unix", "tcp"]
+    results.save(tmp_path, document)
+    done = call("recommend", str(tmp_path))
+    assert done.stdout.splitlines()[-1] == "not ranked, as they failed in that run: shm"
+    done = call("recommend", str(tmp_path), "--json")
+    assert json.loads(done.stdout)["failed"] == ["shm"]
     for draw in (cpu(group), latency_against_size(document)[0]):
         axes = draw.canvas.axes[0]
         names = [text.get_text() for text in axes.get_yticklabels()]

@@ -148,6 +148,12 @@ def recommend_from(document: Document, wanted: Wanted) -> tuple[Group, list[Choi
     return group, choices
 
 
+def failed_ones(group: Group, wanted: Wanted) -> list[str]:
+    """What would fit, and has failed in that run."""
+    entries = ((name, group.find(name, wanted.pairing)) for name in group.transports)
+    return [name for name, one in entries if one and one["failure"] and fits(name, wanted)]
+
+
 def unit_of_work(wanted: Wanted) -> str:
     """What costs are told for."""
     return "a call" if wanted.op == "echo" else "an item"
@@ -191,12 +197,16 @@ def recommend(
     wanted = Wanted(op, size, (client, server), **options)
     document = load(newest(results))
     group, choices = recommend_from(document, wanted)
+    failed = failed_ones(group, wanted)
     if as_json:
         ranked = [choice._asdict() for choice in choices]
         found = {"asked": wanted._asdict(), "measured": group.title(), "choices": ranked}
+        found["failed"] = failed
         click.echo(json.dumps(found, separators=(",", ":")))
     else:
         show(Console(), title_of(wanted, group), choices)
+        if failed:
+            click.echo(f"not ranked, as they failed in that run: {', '.join(failed)}")
     if not choices:
         raise Error(Status.NOT_FOUND, "no transport of that run fits")
     return 0
