@@ -29,8 +29,12 @@ KEY = str(0x1BC00000)  # of the project's own, in the namespace of this test run
 STREAMS = MECHANISMS[:4]  # of bytes: the others have no end of file, and no half of a message
 LANGUAGES = ("cpp", "py")
 LINES_MAX = 59
-# With objects to make and remove, a ring that all others leave to the kernel, or a stream too.
-LINES_MAX_OF = {"sysv_queue": 66, "sysv_shm": 99, "counter": 66, "shm_ring": 111, "grpc_rpc": 99}
+# With objects to make and remove, a ring that all others leave to the kernel, a stream too, or two
+# kinds of address.
+LINES_MAX_OF = {
+    **{"sysv_queue": 66, "sysv_shm": 99, "counter": 66},
+    **{"shm_ring": 111, "grpc_rpc": 99, "zeromq": 66},
+}
 SHARED = "rounds"  # the one file a language that every mechanism includes
 SHARED_LINES_MAX = 149
 TIMEOUT_S = 60.0
@@ -94,6 +98,7 @@ def _nothing_is_left() -> Iterator[None]:
 def shape(mechanism: str) -> tuple[str, str]:
     """What the usage text of a mechanism calls its address, with a blank; and its last words."""
     names = {"pipe": "PREFIX ", "stdio_pipe": "", "tcp": "PORT ", **dict.fromkeys(BY_KEY, "KEY ")}
+    names["zeromq"] = "ADDRESS "
     address = names.get(mechanism, "PATH ")
     return address, "" if address else " -- COMMAND..."
 
@@ -137,6 +142,23 @@ def test_round_trips(
     assert (p50, p99, counted) == (samples[rounds // 2], samples[rounds * 99 // 100], rounds)
     assert samples[0] > 0
     assert os.listdir(tmp_path) == ["samples"], "something is left on disk"
+
+
+@pytest.mark.parametrize("server", LANGUAGES)
+@pytest.mark.parametrize("client", LANGUAGES)
+def test_round_trips_of_zeromq_over_tcp(client: str, server: str) -> None:
+    words = [*program("zeromq", server), "serve", "tcp://127.0.0.1:*", "64", "block"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            word, at = first_line(process).split()
+            assert word == "ready"
+            assert re.fullmatch(r"tcp://127\.0\.0\.1:[1-9]\d+", at)
+            done = run([*program("zeromq", client), "ping", at, "64", "block", "100"])
+            assert (done.returncode, done.stderr) == (0, "")
+            assert re.fullmatch(r"p50_ns=\d+ p99_ns=\d+ rounds=100\n", done.stdout)
+            assert process.wait(TIMEOUT_S) == 0
+        finally:
+            process.kill()
 
 
 @pytest.mark.parametrize("address", ["unix:{}/address", "127.0.0.1:0"], ids=["unix", "tcp"])

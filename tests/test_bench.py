@@ -20,7 +20,7 @@ from harness_support import ROOT, TINY, bench, call, echo_round, run, start, tem
 from ipc_bridge import load
 from ipc_bridge.endpoint import SCHEMES
 from ipc_bridge.errors import Error
-from ipc_bridge.harness import environment, results, statistics
+from ipc_bridge.harness import environment, overhead, programs, results, statistics
 from ipc_bridge.harness.bench import choose, measure
 from ipc_bridge.harness.matrix import (
     PROFILES,
@@ -40,6 +40,7 @@ from peer_support import served
 from support import Exit
 
 UNIX = Cell("unix", "cpp", "cpp", "echo", 64, "block", "same-core")
+ZMQ_FLOOR = Floor("bare", "zeromq", 64, "block", "same-core")
 OWN_SERVER = f"{shlex.quote(sys.executable)} {ROOT / 'tests' / 'own_server.py'}"
 
 
@@ -98,8 +99,49 @@ def test_a_floor_has_the_mechanism_wait_and_place_of_its_cell() -> None:
     assert floor_of(stream) == Floor("copy", "", 64, "", "cross-core")
     assert floor_of(stream._replace(rate_hz=9.0)) is None
     assert floor_of(UNIX._replace(size_bytes=0)) is None
+    assert floor_of(UNIX._replace(transport="zmq+ipc")) == ZMQ_FLOOR
+    over_tcp = floor_of(UNIX._replace(transport="zmq+tcp"))
+    assert over_tcp == ZMQ_FLOOR._replace(address="tcp")
+    assert over_tcp.label() == "bare zeromq tcp 64B block same-core"
     kinds = {floor.kind for floor in floors_of([UNIX, stream])}
     assert kinds == {"bare", "copy", "line", "memcpy"}
+
+
+def test_with_one_core_the_floor_of_adaptive_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bare program that spins there waits for the other's time to end."""
+    adaptive = UNIX._replace(wait="adaptive", placement="free")
+    for cores, wait in ((0, 1), "spin"), ((3,), "block"):
+        monkeypatch.setattr("ipc_bridge.harness.matrix.cores_allowed", lambda cores=cores: [*cores])
+        assert floor_of(adaptive) == Floor("bare", "unix", 64, wait, "free")
+
+
+def test_overhead_runs_on_the_cores_of_bench(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two physical cores, where the second that is allowed is the first's other thread."""
+    monkeypatch.setattr("ipc_bridge.harness.overhead.core_pair", lambda: (0, 2))
+    cell = overhead.Cell("unix", "cpp", "cpp", "block", "cross-core")
+    assert overhead.cores(cell) == (0, 2)
+    assert overhead.cores(cell._replace(placement="same-core")) == (0, 0)
+
+
+@pytest.mark.parametrize("transport", ["zmq+tcp", "grpc+tcp"])
+def test_a_cell_over_tcp_is_set_against_its_mechanism_over_tcp(
+    transport: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[str]] = []
+
+    def watched(words: list[str], core: int | None = None) -> str:
+        seen.append(words)
+        return programs.run(words, core)
+
+    monkeypatch.setattr("ipc_bridge.harness.runner.run", watched)
+    plan = Plan([], rounds=1, duration_s=1, warmup_s=0)
+    floor = floor_of(UNIX._replace(transport=transport))
+    assert floor
+    runner = Runner(plan, lambda *_: None, lambda *_: None)
+    runner._floor(floor, 1)
+    assert runner.measured.failures == {}
+    assert runner.measured.floors[floor][0]["p50_ns"] > 0
+    assert "127.0.0.1:" in seen[0][2]
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

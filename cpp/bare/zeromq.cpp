@@ -1,6 +1,7 @@
-// ZeroMQ, bare: DEALER to ROUTER over ipc. Pick it for many clients at one socket, and other hosts
-// one day; zeromq_req is its simplest form. The traps: there is no end of file (an empty message
-// says it here), and a second bind takes a path over without a word, so look first.
+// ZeroMQ, bare: DEALER to ROUTER over ipc at a path, or over TCP at tcp://127.0.0.1:*. Pick it for
+// many clients at one socket, and other hosts one day; zeromq_req is its simplest form. The traps:
+// there is no end of file (an empty message says it here), and a second bind takes a path over
+// without a word, so look first.
 //     g++ -std=c++20 -O2 zeromq.cpp -o zeromq -lzmq
 //     ./zeromq serve /tmp/demo 64 block & sleep 1; ./zeromq ping /tmp/demo 64 block 100000
 #include <sys/stat.h>
@@ -17,14 +18,19 @@ bool receive(zmq::socket_t& socket, zmq::message_t& message, int wait) {
     return message.size() != 0;
 }
 
+std::string endpoint(const std::string& address) {
+    return address.find("://") != address.npos ? address : "ipc://" + address;
+}
+
 void serve(const rounds::Words& words) {
     if (access(words.address.c_str(), F_OK) == 0)
         rounds::fail("bind", std::strerror(EADDRINUSE));
     zmq::context_t context;
     zmq::socket_t router(context, zmq::socket_type::router);
     umask(0177);  // bind makes the file with this mode
-    router.bind("ipc://" + words.address);
-    rounds::say("ready " + words.address);
+    router.bind(endpoint(words.address));
+    const std::string bound = router.get(zmq::sockopt::last_endpoint);
+    rounds::say("ready " + bound.substr(bound.starts_with("ipc") ? std::strlen("ipc://") : 0));
     zmq::message_t client, message;  // what a client sent comes behind the client's name
     while (receive(router, client, words.wait) && receive(router, message, words.wait)) {
         router.send(client, zmq::send_flags::sndmore);
@@ -36,7 +42,7 @@ void serve(const rounds::Words& words) {
 void ping(const rounds::Words& words) {
     zmq::context_t context;
     zmq::socket_t dealer(context, zmq::socket_type::dealer);
-    dealer.connect("ipc://" + words.address);
+    dealer.connect(endpoint(words.address));
     auto write = [&](auto bytes) { dealer.send(zmq::buffer(bytes), zmq::send_flags::none); };
     auto read = [&](auto& reply) {
         zmq::message_t message;
@@ -49,7 +55,7 @@ void ping(const rounds::Words& words) {
 }
 
 int main(int argc, char** argv) try {
-    return rounds::run(argc, argv, "PATH", serve, ping);
+    return rounds::run(argc, argv, "ADDRESS", serve, ping);
 } catch (const zmq::error_t& error) {
     rounds::fail("zmq", error.what());
 }

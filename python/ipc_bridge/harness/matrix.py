@@ -107,11 +107,12 @@ class Floor(NamedTuple):
     size_bytes: int
     wait: str
     placement: str
+    address: str = ""  # "tcp": at a port, of a mechanism that has other addresses too
 
     def label(self) -> str:
         """For people, and the name of a floor in the results."""
         size = size_text(self.size_bytes) if self.kind != "line" else ""
-        words = (self.kind, self.mechanism, size, self.wait, self.placement)
+        words = (self.kind, self.mechanism, self.address, size, self.wait, self.placement)
         return " ".join(word for word in words if word)
 
 
@@ -127,8 +128,10 @@ def floor_of(cell: Cell) -> Floor | None:
         return None
     wait = cell.wait
     if wait == "adaptive":  # at best it is as quick as the one or the other
-        wait = "block" if cell.placement == "same-core" else "spin"
-    return Floor("bare", mechanism, cell.size_bytes, wait, cell.placement)
+        is_alone = cell.placement == "same-core" or len(cores_allowed()) < 2
+        wait = "block" if is_alone else "spin"
+    address = "tcp" if cell.transport.endswith("+tcp") else ""
+    return Floor("bare", mechanism, cell.size_bytes, wait, cell.placement, address)
 
 
 def floors_of(cells: Iterable[Cell]) -> list[Floor]:

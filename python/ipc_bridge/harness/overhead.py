@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ipc_bridge.arguments import SIZE, UNITS
+from ipc_bridge.harness.matrix import core_pair
 from ipc_bridge.harness.programs import (
     LANGUAGES,
     Parser,
@@ -42,20 +43,27 @@ MECHANISMS = (
     *("unix", "tcp", "pipe"),
     *("shm", "shm-line"),
     *("sysv-queue", "sysv-shm"),
-    *("zmq", "zmq-req", "grpc+unix", "grpc+tcp"),
+    *("zmq", "zmq-req", "zmq+tcp", "grpc+unix", "grpc+tcp"),
 )
 # Where the bare program has another name.
 BARE = {
     "shm": "shm_ring",
     "zmq": "zeromq",
     "zmq-req": "zeromq_req",
+    "zmq+tcp": "zeromq",
     "grpc+unix": "grpc_rpc",
     "grpc+tcp": "grpc_rpc",
 }
 # And the pair: it is compared with two.
 SCHEME = {"zmq": "zmq+ipc", "zmq-req": "zmq+ipc", "shm-line": "shm"}
 LINE = "shm-line"  # over no message at all: a cache line to another core and back, in C++
-NO_SPIN = ("zmq", "zmq-req", "grpc+unix", "grpc+tcp")  # their libraries' threads would starve
+NO_SPIN = (
+    "zmq",
+    "zmq-req",
+    "zmq+tcp",
+    "grpc+unix",
+    "grpc+tcp",
+)  # their libraries' threads would starve
 SETUPS = (("spin", "cross-core"), ("block", "same-core"), ("block", "cross-core"))
 STREAM_PAIRINGS = (("cpp", "cpp"), ("py", "cpp"), ("py", "py"))  # client, server
 BARE_STREAMS = ("grpc+unix", "grpc+tcp")  # the mechanism has streams of its own, in both languages
@@ -103,13 +111,13 @@ class Measured(NamedTuple):
 
 
 def cores(cell: Cell) -> tuple[int, int]:
-    """Of client and server."""
-    allowed = sorted(os.sched_getaffinity(0))
+    """Of client and server: those of bench."""
+    client_core, server_core = core_pair()
     if cell.placement == "same-core":
-        return allowed[0], allowed[0]
-    if len(allowed) < 2:
+        return client_core, client_core
+    if client_core == server_core:
         raise ProgramError("this machine allows one core only: cross-core is not possible")
-    return allowed[0], allowed[1]
+    return client_core, server_core
 
 
 def bare_p50_ns(cell: Cell, size_bytes: int) -> float:
@@ -136,9 +144,8 @@ def bare_client(cell: Cell, verb: str, size_bytes: int, count: int) -> str:
     client_core, server_core = cores(cell)
     mechanism = BARE.get(cell.transport, cell.transport.replace("-", "_"))
     message = [str(size_bytes), cell.wait]
-    with private_directory() as directory, address_of(mechanism, directory) as address:
-        if cell.transport == "grpc+tcp":
-            address = "127.0.0.1:0"
+    kind = cell.transport.partition("+")[2]
+    with private_directory() as directory, address_of(mechanism, directory, kind) as address:
         serve = [*bare(mechanism, cell.server), "serve", address, *message]
         with served(serve, server_core) as server:
             words = [*bare(mechanism, cell.client), verb, server.address, *message, str(count)]

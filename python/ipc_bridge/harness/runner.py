@@ -258,7 +258,7 @@ class Runner:
                 command = ["--", *on_core(server_core), *program, "serve", *message]
                 out = run([*program, "ping", *message, pings, *command], client_core)
             else:
-                with address_of(floor.mechanism, directory) as address:
+                with address_of(floor.mechanism, directory, floor.address) as address:
                     serve = [*program, "serve", address, *message]
                     with served(serve, server_core) as server:
                         ping = [*program, "ping", server.address, *message, pings]
@@ -282,11 +282,14 @@ class Runner:
 
 
 @contextlib.contextmanager
-def address_of(mechanism: str, directory: str) -> Iterator[str]:
-    """For a bare server: a port of its choice, keys of objects, a target of gRPC, or a path."""
+def address_of(mechanism: str, directory: str, kind: str = "") -> Iterator[str]:
+    """For a bare server: a port of its choice, keys of objects, a target of gRPC, or a path. `kind`
+    is that of a floor's address."""
     if not mechanism.startswith("sysv_"):
         path = os.path.join(directory, "bare")
-        yield {"tcp": "0", "grpc_rpc": f"unix:{path}"}.get(mechanism, path)
+        paths = {"tcp": "0", "grpc_rpc": f"unix:{path}"}
+        ports = {"zeromq": "tcp://127.0.0.1:*", "grpc_rpc": "127.0.0.1:0"}
+        yield (ports if kind == "tcp" else paths).get(mechanism, path)
         return
     # With the mark of this project, so that doctor finds what an end by force leaves.
     key = KEY_MARK | secrets.randbits(KEY_RANDOM_BITS) * KEYS_EACH
