@@ -21,7 +21,7 @@ from ipc_bridge import load
 from ipc_bridge.endpoint import SCHEMES
 from ipc_bridge.errors import Error
 from ipc_bridge.harness import environment, overhead, programs, results, statistics
-from ipc_bridge.harness.bench import choose, measure
+from ipc_bridge.harness.bench import choose, measure, overloads
 from ipc_bridge.harness.matrix import (
     PROFILES,
     Axes,
@@ -34,7 +34,7 @@ from ipc_bridge.harness.matrix import (
     traits,
 )
 from ipc_bridge.harness.programs import PAIRINGS, Served
-from ipc_bridge.harness.runner import Plan, Runner
+from ipc_bridge.harness.runner import Measured, Plan, Runner
 from ipc_bridge.harness.statistics import Figure
 from peer_support import served
 from support import Exit
@@ -314,6 +314,20 @@ def test_a_server_that_stalls_shows_in_the_open_loop(tmp_path: Path) -> None:
     words += ["--duration", "1.2", "--rounds", "1", "--placement", "free"]
     (cell,) = bench(tmp_path, *words)["cells"]
     assert cell["figures"]["latency_p99_9_ns"]["value"] >= 47e6
+
+
+def test_a_rate_that_is_not_kept_is_told() -> None:
+    """Calls more than a second late are given up, and the percentiles know of the others alone."""
+    plan = Plan([UNIX], rounds=1, duration_s=0.5, warmup_s=0)
+    measured = Measured()
+    for rate_hz, operations in ((1e4, 4950), (100.0, 48), (2e4, 9000), (1e6, 5000)):
+        cell = UNIX._replace(rate_hz=rate_hz)
+        measured.cells[cell] = [echo_round(1, 5e3) | {"operations": operations}]
+    (found,) = overloads(plan, measured)
+    assert found.startswith(
+        "2 paced cells fell behind, unix cpp-cpp echo 64B block same-core 1e+06"
+    )
+    assert "1% of its rate" in found
 
 
 def test_a_server_that_corrupts_answers_fails_the_run(tmp_path: Path) -> None:

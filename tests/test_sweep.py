@@ -1,12 +1,21 @@
 """`ipc-bridge sweep`: the search finds the edge, and the command runs."""
 
 import json
+import re
+from pathlib import Path
 
+import numpy as np
 import pytest
 
-from harness_support import run
+from harness_support import call, run
+from ipc_bridge.errors import Error, Status
 from ipc_bridge.harness import sweep
+from ipc_bridge.harness.matrix import Cell
+from ipc_bridge.harness.runner import Runner
 from ipc_bridge.harness.sweep import Probe
+from support import Exit
+
+UNIX = Cell("unix", "cpp", "cpp", "echo", 64, "block", "free")
 
 
 @pytest.mark.parametrize("edge_hz", [100.0, 399.0, 401.0, 7777.0, 1e5])
@@ -37,6 +46,56 @@ def test_no_edge_ends_too() -> None:
     best, tried = sweep.highest(1e9, lambda rate_hz: Probe(rate_hz, 1.0, True))
     assert best == tried[-1]
     assert best.rate_hz <= sweep.RATE_MAX_HZ
+
+
+def test_calls_that_never_ended_are_the_latest() -> None:
+    samples = np.arange(1, 109, dtype="<u8")
+    assert sweep.p99_of(samples, 108) == 107
+    assert sweep.p99_of(samples, 109) == 108
+    assert sweep.p99_of(samples, 110) == float("inf")
+    assert not Probe(1.0, None, True).holds(1e18)
+
+
+def test_each_round_has_calls_enough_for_a_p99(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Watched(Runner):
+        def run(self) -> None:
+            due = int(self._plan.duration_s * self._plan.cells[0].rate_hz)
+            assert due >= 109
+            self._keep(self._plan.cells[0], 1, np.full(due, 5, dtype="<u8"))
+
+    monkeypatch.setattr(sweep, "Runner", Watched)
+    for rate_hz in (100.0, 162.5, 175.0, 400.0):
+        assert sweep.probe(UNIX, 1, 0.05, rate_hz) == Probe(rate_hz, 5, True)
+
+
+@pytest.mark.parametrize("ends", ["failed", "interrupted"])
+def test_what_was_found_is_kept(ends: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what is printed is JSON, also where a rate has no p99."""
+
+    def probe(cell: Cell, rounds: int, duration_s: float, rate_hz: float) -> Probe:
+        if cell.transport == "tcp":
+            raise Error(Status.ABORTED, "it died") if ends == "failed" else KeyboardInterrupt
+        return Probe(rate_hz, 1e6, True) if rate_hz < 500 else Probe(rate_hz, None, False)
+
+    monkeypatch.setattr(sweep, "probe", probe)
+    out = tmp_path / "found.json"
+    done = call("sweep", "--transport", "unix,tcp,shm", "--p99", "2ms", "--json", "-o", str(out))
+    assert done.returncode == (1 if ends == "failed" else Exit.INTERRUPTED)
+
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    cells = json.loads(done.stdout, parse_constant=refuse)["cells"]
+    found = {cell["id"].split()[0]: (bool(cell["rate_hz"]), cell["failure"]) for cell in cells}
+    whole = {"unix": (True, None), "tcp": (False, "it died"), "shm": (True, None)}
+    assert found == (whole if ends == "failed" else {"unix": (True, None)})
+    assert json.loads(out.read_text())["cells"] == cells
+
+
+def test_a_file_that_cannot_be_written_is_told_at_once() -> None:
+    done = call("sweep", "--transport", "unix", "--duration", "3600", "-o", "/no/dir/x")
+    assert (done.returncode, done.stdout) == (Exit.NOT_FOUND, "")
+    assert re.fullmatch(r"error: NOT_FOUND: open[^\n]*, /no/dir/x\n", done.stderr)
 
 
 def test_the_command() -> None:

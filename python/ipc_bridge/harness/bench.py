@@ -45,6 +45,7 @@ from ipc_bridge.system import checked
 
 RESULTS_DIR = Path("results")
 EXIT_FAILED = 1  # a cell failed
+KEPT_UP = 0.98  # of what was due; with less, a paced cell was more than its server could do
 SAVE_SHARE = 20  # saving takes no more than one part in so many of a run
 ELSEWHERE = "elsewhere"  # the name of a server that runs already
 RATE_MAX = 1e9
@@ -282,7 +283,8 @@ def measure(
                 "command": ["ipc-bridge", *sys.argv[1:]],
                 "interrupted": not is_whole,
                 "noise": noise,
-                "warnings": environment.warnings(
+                "warnings": overloads(plan, runner.measured)
+                + environment.warnings(
                     about["machine"],
                     noise,
                     spread(runner.measured),
@@ -352,6 +354,24 @@ def spread(measured: Measured) -> float | None:
             middle = np.median(values)
             found.append(float(np.median(np.abs(values - middle)) / middle))
     return float(np.median(found)) if found else None
+
+
+def overloads(plan: Plan, measured: Measured) -> list[str]:
+    """One sentence, if calls or items were due and never came: no percentile knows of them."""
+    shares = {}
+    for cell, rounds in measured.cells.items():
+        if cell.rate_hz and rounds:
+            due = cell.rate_hz * plan.duration_s
+            done = float(np.median([one["operations"] for one in rounds]))
+            if due - done > max((1 - KEPT_UP) * due, 2 * cell.clients):  # its ends cut a few off
+                shares[cell] = done / due
+    if not shares:
+        return []
+    worst = min(shares, key=shares.__getitem__)
+    return [
+        f"{len(shares)} paced cells fell behind, {worst.label()} to {shares[worst]:.0%} of its "
+        "rate: what was due and not done is in no percentile"
+    ]
 
 
 def finish(console: Console, found: Document, path: Path) -> None:

@@ -1,27 +1,28 @@
 """`ipc-bridge sweep`: the highest rate at which p99 stays under a bound.
 
 Calls are due at a fixed rate and timed from then on (open loop), so that a server that falls behind
-shows at once. The rate is doubled until the bound breaks, and what lies between is halved. Each
-rate is measured in several rounds with fresh processes; their median decides. (Sweeps over clients
-and sizes are runs of bench: --clients 1,2,4,8 or --size 64,4KiB,1MiB.)
+shows at once; a call that was due and never ended counts as the latest of all. The rate is doubled
+until the bound breaks, and what lies between is halved. Each rate is measured in several rounds
+with fresh processes; their median decides. (Sweeps over clients and sizes are runs of bench:
+--clients 1,2,4,8 or --size 64,4KiB,1MiB.)
 """
 
 import json
 import statistics
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import click
+import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ipc_bridge.console import CommandLineError
+from ipc_bridge.console import EXIT_INTERRUPTED, CommandLineError
 from ipc_bridge.endpoint import SCHEMES
 from ipc_bridge.errors import Error, Status
-from ipc_bridge.harness.bench import choose
+from ipc_bridge.harness.bench import EXIT_FAILED, choose, progress_line
 from ipc_bridge.harness.matrix import (
     CLIENTS_MAX,
     PLACEMENTS,
@@ -32,40 +33,49 @@ from ipc_bridge.harness.matrix import (
 from ipc_bridge.harness.options import ROUNDS, Each, Number, Seconds, Size, Words
 from ipc_bridge.harness.programs import PAIRINGS
 from ipc_bridge.harness.runner import Plan, Runner
+from ipc_bridge.harness.statistics import Samples
+from ipc_bridge.system import checked
 
 RATE_FIRST_HZ = 400.0
 RATE_MIN_HZ = 100.0  # below it, enough calls for a p99 would take seconds each time
 RATE_MAX_HZ = 2e6  # above what any loop of calls here can keep up with
 PRECISION = 0.1  # between a rate that holds and one that does not
-KEPT_UP = 0.98  # of the calls that were due; with fewer, the queue only grows
-P99_SAMPLES_MIN = 100
+KEPT_UP = 0.99  # of the calls that were due; with fewer, p99 is a call that never ended
+CALLS_MIN = 110  # of a round: a p99 is worth its name, also where a window cuts a few off
 
 
 class Probe(NamedTuple):
     """What one rate gave."""
 
     rate_hz: float
-    p99_ns: float
+    p99_ns: float | None  # of the calls that were due; None: it has not ended
     kept_up: bool
 
     def holds(self, bound_ns: float) -> bool:
         """Was it borne?"""
-        return self.kept_up and self.p99_ns <= bound_ns
+        return self.kept_up and self.p99_ns is not None and self.p99_ns <= bound_ns
 
 
 def probe(cell: Cell, rounds: int, duration_s: float, rate_hz: float) -> Probe:
     """Measure a rate, without floors. Raises Error if a call fails."""
-    duration_s = max(duration_s, P99_SAMPLES_MIN / rate_hz)
+    duration_s = max(duration_s, CALLS_MIN / rate_hz)
+    due = round(rate_hz * duration_s)
+    found: list[Samples] = []
     asked = cell._replace(rate_hz=rate_hz)
     plan = Plan([asked], rounds, duration_s, warmup_s=duration_s / 4, with_floors=False)
-    runner = Runner(plan, lambda *_: None, lambda *_: None)
+    runner = Runner(plan, lambda _, __, samples: found.append(samples), lambda *_: None)
     runner.run()
     if asked in runner.measured.failures:
         raise Error(Status.ABORTED, runner.measured.failures[asked].replace("\n", "; "))
-    found = runner.measured.cells[asked]
-    p99_ns = statistics.median(one["latency_ns"]["p99"] or float("inf") for one in found)
-    kept = statistics.median(one["operations"] / (rate_hz * duration_s) for one in found)
-    return Probe(rate_hz, p99_ns, kept >= KEPT_UP)
+    p99_ns = statistics.median(p99_of(samples, due) for samples in found)
+    kept = statistics.median(len(samples) / due for samples in found)
+    return Probe(rate_hz, None if p99_ns == float("inf") else p99_ns, kept >= KEPT_UP)
+
+
+def p99_of(samples: Samples, due: int) -> float:
+    """Of all calls that were due, also those that never ended, which are the latest."""
+    rank = -(-99 * due // 100)
+    return float(np.sort(samples)[rank - 1]) if rank <= len(samples) else float("inf")
 
 
 def highest(bound_ns: float, measure: Callable[[float], Probe]) -> tuple[Probe | None, list[Probe]]:
@@ -143,32 +153,71 @@ def sweep(
     )
     for name in ("transport", "pairing", "clients", "calls/s", "p99 there"):
         table.add_column(name, justify="left" if name in "transport pairing" else "right")
-    found = []
-    for cell in cells:
-        measure = partial(probe, cell, int(rounds), duration)
-        best, tried = highest(bound * 1e9, measure)
-        found.append(
-            {
-                "id": cell.label(),
-                "rate_hz": best and best.rate_hz,
-                "p99_ns": best and best.p99_ns,
-                "tried": [one._asdict() for one in tried],
-            }
-        )
-        shown = (
-            (f"{best.rate_hz:,.0f}", f"{best.p99_ns / 1e3:,.1f} us")
-            if best
-            else (f"under {RATE_MIN_HZ:g}", "-")
-        )
-        table.add_row(cell.transport, cell.pairing(), str(cell.clients), *shown)
-    text = json.dumps({"bound_s": bound, "cells": found}, separators=(",", ":"))
+    found: list[dict[str, Any]] = []
     if out:
-        out.write_text(text + "\n")
+        with checked("open", out):
+            out.open(
+                "a"
+            ).close()  # before all the work, and an older result stays until there is one
+
+    def text() -> str:
+        return json.dumps({"bound_s": bound, "cells": found}, separators=(",", ":"))
+
+    interrupted = False
+    try:
+        with progress_line() as line:
+            task = line.add_task("", total=len(cells))
+            for cell in cells:
+
+                def measure(rate_hz: float, cell: Cell = cell) -> Probe:
+                    what = f"{cell.label()}: {rate_hz:,.0f}/s"
+                    line.update(task, completed=len(found), what=what)
+                    line.refresh()
+                    return probe(cell, int(rounds), duration, rate_hz)
+
+                entry, shown = swept(cell, bound * 1e9, measure)
+                found.append(entry)
+                table.add_row(cell.transport, cell.pairing(), str(cell.clients), *shown)
+                if out:
+                    with checked("write", out):
+                        out.write_text(text() + "\n")
+    except KeyboardInterrupt:  # what is complete is shown, and written already
+        interrupted = True
     if as_json:
-        click.echo(text)
+        click.echo(text())
     else:
         console = Console()
         console.print(table)
         for skip, reason in skipped.items():
             console.out(f"skipped: {skip.label()}: {reason}", highlight=False)
-    return 0
+        for entry in found:
+            if entry["failure"]:
+                console.out(f"failed: {entry['id']}: {entry['failure']}", highlight=False)
+    if interrupted:
+        return EXIT_INTERRUPTED
+    return EXIT_FAILED if any(entry["failure"] for entry in found) else 0
+
+
+def swept(
+    cell: Cell, bound_ns: float, measure: Callable[[float], Probe]
+) -> tuple[dict[str, Any], tuple[str, str]]:
+    """One cell of the JSON, and what the table says of it. A failure is its own, not the run's."""
+    best: Probe | None = None
+    tried: list[Probe] = []
+    failure = None
+    try:
+        best, tried = highest(bound_ns, measure)
+    except Error as error:
+        failure = error.what
+    entry = {
+        "id": cell.label(),
+        "rate_hz": best and best.rate_hz,
+        "p99_ns": best and best.p99_ns,
+        "tried": [one._asdict() for one in tried],
+        "failure": failure,
+    }
+    if failure:
+        return entry, ("failed", "-")
+    if best is None or best.p99_ns is None:
+        return entry, (f"under {RATE_MIN_HZ:g}", "-")
+    return entry, (f"{best.rate_hz:,.0f}", f"{best.p99_ns / 1e3:,.1f} us")
