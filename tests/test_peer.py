@@ -13,6 +13,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -791,6 +792,24 @@ def test_bench_reports_what_the_server_uses(
     command = " ".join([*map(str, peer(server)), "serve", "stdio:"])
     used = bench(language, f"stdio:{command}", samples, f"{words} --server-pid child")
     assert used["server"]["cpu_s"] > 0
+
+
+@each_language
+def test_bench_reports_the_servers_memory_of_its_own_time(
+    language: str, served_url: str, tmp_path: Path
+) -> None:
+    """A harness lets a server do large work, and then small: the peak is not that of the large."""
+    code = "large = b'x' * (96 << 20); del large; print(flush=True); input()"
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline()
+            words = f"--op echo --size 64 --duration 0.05 --server-pid {process.pid}"
+            used = bench(language, served_url, tmp_path / "samples", words)
+        finally:
+            process.kill()
+    assert 1 << 20 < used["server"]["memory_peak_bytes"] < 80 << 20
 
 
 @each_language

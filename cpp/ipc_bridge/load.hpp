@@ -192,6 +192,12 @@ inline std::int64_t memory_peak_bytes() {
     return status_field("/proc/self/status", "VmHWM:") * 1024;
 }
 
+// Let the largest resident size of a process be that from here on: proc(5), clear_refs. Of one that
+// is not ours, it stays that of its whole life.
+inline void forget_memory_peak(int pid) {
+    std::ofstream("/proc/" + std::to_string(pid) + "/clear_refs") << 5;
+}
+
 // All threads of another process. The time is that of its clock, clock_getcpuclockid(3), which
 // counts nanoseconds, and the threads that have ended. Throws Error: NOT_FOUND.
 inline ServerUsage server_usage_now(int pid) {
@@ -587,6 +593,7 @@ inline std::unique_ptr<Result> run(Plan plan) {
     const int server_pid = asked.server_pid == child ? child_pid() : asked.server_pid;
     std::optional<ServerUsage> server_before;
     if (server_pid != 0) {
+        forget_memory_peak(server_pid);  // of what it did for others before
         server_before = server_usage_now(server_pid);
     }
     const Usage before = usage_now();

@@ -365,7 +365,11 @@ def run(plan: Plan) -> Result:
             )
             workers.append(Worker(plan, connections.enter_context(bridge), number))
         server_pid = child_pid() if plan.server_pid == CHILD else plan.server_pid
-        before, server_before = usage_now(), server_usage_now(server_pid) if server_pid else None
+        server_before = None
+        if server_pid:
+            forget_memory_peak(server_pid)  # of what it did for others before
+            server_before = server_usage_now(server_pid)
+        before = usage_now()
         start_ns = now_ns()
         began_ns = start_ns + int(plan.warmup_s * 1e9)
         schedule = Schedule(start_ns, began_ns, began_ns + int(plan.duration_s * 1e9))
@@ -428,6 +432,13 @@ def memory_peak_bytes() -> int:
     """The largest resident size. (ru_maxrss of getrusage(2) would not do: a new program inherits
     that of the process that started it, and a harness is larger than what it starts.)"""
     return status_field("/proc/self/status", "VmHWM:") * 1024
+
+
+def forget_memory_peak(pid: int) -> None:
+    """Let the largest resident size of a process be that from here on: proc(5), clear_refs. Of one
+    that is not ours, it stays that of its whole life."""
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/clear_refs", "wb", buffering=0) as file:
+        file.write(b"5")
 
 
 def server_usage_now(pid: int) -> ServerUsage:
