@@ -310,10 +310,38 @@ def test_a_consumer_that_sleeps_shows_in_the_age_of_items(tmp_path: Path) -> Non
 
 def test_a_server_that_stalls_shows_in_the_open_loop(tmp_path: Path) -> None:
     words = ["--transport", "unix", "--op", "echo", "--rate", "1000", "--pairing", "cpp-stalling"]
-    words += ["--server", f"stalling={OWN_SERVER} --stall 0.05 --every 0.25"]
-    words += ["--duration", "1.2", "--rounds", "1", "--placement", "free"]
+    words += ["--server", f"stalling={OWN_SERVER} --stall 0.05 --every 0.2"]
+    words += ["--duration", "2.4", "--rounds", "1", "--placement", "free"]
     (cell,) = bench(tmp_path, *words)["cells"]
     assert cell["figures"]["latency_p99_9_ns"]["value"] >= 47e6
+    (samples,) = results.samples_of(tmp_path / "out", cell)
+    is_late = samples > 25e6
+    assert np.count_nonzero(is_late[1:] & ~is_late[:-1]) >= 10, "fewer stalls than were asked for"
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two that spin need a core each")
+def test_a_server_that_takes_5_us_longer_is_reported_slower_by_5_us() -> None:
+    """Both in one run, in turns. (The loop takes 0.2 us longer than it should. What else the machine
+    does may spoil an attempt, and hardly ever all.)"""
+    plain, busy = (
+        Cell("shm", "cpp", server, "echo", 64, "spin", "cross-core") for server in ("plain", "busy")
+    )
+    command = shlex.split(OWN_SERVER)
+    servers = {"plain": command, "busy": [*command, "--busy", "0.000005"]}
+    tried = []
+    for attempt in range(5):
+        plan = Plan([plain, busy], 3, 0.1, 0.03, servers, seed=attempt, with_floors=False)
+        runner = Runner(plan, lambda *_: None, lambda *_: None)
+        runner.run()
+        assert runner.measured.failures == {}
+        medians = {
+            cell: statistics.figure([one["latency_ns"]["p50"] for one in rounds]).value
+            for cell, rounds in runner.measured.cells.items()
+        }
+        tried.append(medians[busy] - medians[plain])
+        if 4e3 <= tried[-1] <= 6e3:
+            return
+    raise AssertionError(f"{tried} ns")
 
 
 def test_a_rate_that_is_not_kept_is_told() -> None:
