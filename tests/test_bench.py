@@ -1,5 +1,6 @@
 """`ipc-bridge bench`: the right cells, honest figures, a document that says it all, no trace."""
 
+import math
 import os
 import re
 import shlex
@@ -321,27 +322,25 @@ def test_a_server_that_stalls_shows_in_the_open_loop(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two that spin need a core each")
 def test_a_server_that_takes_5_us_longer_is_reported_slower_by_5_us() -> None:
-    """Both in one run, in turns. (The loop takes 0.2 us longer than it should. What else the machine
-    does may spoil an attempt, and hardly ever all.)"""
+    """Both in one run, in turns: the difference of the medians of the quietest round of each, as
+    others that use the machine make some rounds slower, and none quicker. (The loop itself takes
+    0.2 us longer than it should.)"""
     plain, busy = (
         Cell("shm", "cpp", server, "echo", 64, "spin", "cross-core") for server in ("plain", "busy")
     )
     command = shlex.split(OWN_SERVER)
     servers = {"plain": command, "busy": [*command, "--busy", "0.000005"]}
-    tried = []
-    for attempt in range(5):
+    medians = {plain: math.inf, busy: math.inf}
+    for attempt in range(8):
         plan = Plan([plain, busy], 3, 0.1, 0.03, servers, seed=attempt, with_floors=False)
         runner = Runner(plan, lambda *_: None, lambda *_: None)
         runner.run()
         assert runner.measured.failures == {}
-        medians = {
-            cell: statistics.figure([one["latency_ns"]["p50"] for one in rounds]).value
-            for cell, rounds in runner.measured.cells.items()
-        }
-        tried.append(medians[busy] - medians[plain])
-        if 4e3 <= tried[-1] <= 6e3:
-            return
-    raise AssertionError(f"{tried} ns")
+        for cell, rounds in runner.measured.cells.items():
+            medians[cell] = min(medians[cell], *(one["latency_ns"]["p50"] for one in rounds))
+        if 4e3 <= medians[busy] - medians[plain] <= 6e3:
+            break
+    assert medians[busy] - medians[plain] == pytest.approx(5e3, abs=1e3), medians
 
 
 def test_a_rate_that_is_not_kept_is_told() -> None:

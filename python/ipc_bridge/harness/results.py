@@ -20,6 +20,7 @@ from ipc_bridge.errors import Error, Status
 from ipc_bridge.harness.matrix import Cell, Floor, floor_of
 from ipc_bridge.harness.runner import Measured, Plan, Round, overheads
 from ipc_bridge.harness.statistics import Figure, Samples, figure
+from ipc_bridge.system import checked
 
 FORMAT = 1
 RESULTS = "results.json"
@@ -143,10 +144,11 @@ def figure_of(entry: Mapping[str, Any], name: str) -> Figure | None:
 
 
 def save(directory: Path, document: Document) -> Path:
-    """Write the document; a reader never sees half of it."""
+    """Write the document; a reader never sees half of it. Raises Error if it cannot."""
     path, temporary = directory / RESULTS, directory / f"{RESULTS}.new"
-    temporary.write_text(json.dumps(document, indent=1) + "\n")
-    temporary.replace(path)
+    with checked("write", path):
+        temporary.write_text(json.dumps(document, indent=1) + "\n")
+        temporary.replace(path)
     return path
 
 
