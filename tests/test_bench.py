@@ -324,22 +324,27 @@ def test_a_server_that_stalls_shows_in_the_open_loop(tmp_path: Path) -> None:
 def test_a_server_that_takes_5_us_longer_is_reported_slower_by_5_us() -> None:
     """Both in one run, in turns: the difference of the medians of the quietest round of each, as
     others that use the machine make some rounds slower, and none quicker. (The loop itself takes
-    0.2 us longer than it should.)"""
+    0.2 us longer than it should.) Where two that spin never have a core each, there is nothing to
+    judge: then a call takes seconds, or they are ended."""
     plain, busy = (
         Cell("shm", "cpp", server, "echo", 64, "spin", "cross-core") for server in ("plain", "busy")
     )
     command = shlex.split(OWN_SERVER)
     servers = {"plain": command, "busy": [*command, "--busy", "0.000005"]}
     medians = {plain: math.inf, busy: math.inf}
+    give_up_s = time.monotonic() + 20
     for attempt in range(8):
         plan = Plan([plain, busy], 3, 0.1, 0.03, servers, seed=attempt, with_floors=False)
         runner = Runner(plan, lambda *_: None, lambda *_: None)
         runner.run()
-        assert runner.measured.failures == {}
         for cell, rounds in runner.measured.cells.items():
-            medians[cell] = min(medians[cell], *(one["latency_ns"]["p50"] for one in rounds))
-        if 4e3 <= medians[busy] - medians[plain] <= 6e3:
+            enough = [one["latency_ns"]["p50"] for one in rounds if one["operations"] >= 1000]
+            medians[cell] = min([medians[cell], *enough])
+        is_right = 4e3 <= medians[busy] - medians[plain] <= 6e3
+        if is_right or time.monotonic() > give_up_s:
             break
+    if math.inf in medians.values():
+        pytest.skip(f"no two cores were free: {runner.measured.failures}")
     assert medians[busy] - medians[plain] == pytest.approx(5e3, abs=1e3), medians
 
 
