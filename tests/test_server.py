@@ -160,6 +160,31 @@ def test_a_handler_that_gives_no_bytes(
         assert bytes(bridge.echo(b"last", ANSWER_S)) == b"last"
 
 
+@pytest.mark.parametrize("transport", ["unix", "grpc+unix"])
+def test_a_failure_that_is_no_error_is_told(
+    transport: str, runtime: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """To this side as well, where somebody listens."""
+
+    def fail(call: Any, request: memoryview) -> bytes:
+        raise (ValueError("a defect") if bytes(request) == b"10" else Error(Status.ABORTED, "no"))
+
+    service = ipc_bridge.Service()
+    service.unary(10, fail)
+    with (
+        running(listen_url(transport, runtime), service) as server,
+        ipc_bridge.connect(server.url) as bridge,
+    ):
+        with pytest.raises(CallError, match="ABORTED: no"):
+            bridge.call(10, b"11", ANSWER_S)
+        with pytest.raises(CallError, match="INTERNAL: a defect"):
+            bridge.call(10, b"10", ANSWER_S)
+    (told,) = caplog.records
+    assert told.exc_info is not None
+    assert (told.getMessage(), str(told.exc_info[1])) == ("a handler failed", "a defect")
+    caplog.clear()  # a traceback that is kept keeps gRPC's server
+
+
 # --- times ---
 
 MONTH_S = 40 * 24 * 3600.0  # more milliseconds than an int has

@@ -359,10 +359,17 @@ class Connection {
         } catch (const Error& error) {
             fail_by(error.status, error.message);
         } catch (const std::exception& error) {
-            fail_by(Status::INTERNAL, error.what());
+            fail_unexpectedly(error.what());
         } catch (...) {
-            fail_by(Status::INTERNAL, "a handler failed");
+            fail_unexpectedly("a handler failed");
         }
+    }
+
+    void fail_unexpectedly(const std::string& text) {
+        if (!session.broken) {
+            tell_handler_failure(text);
+        }
+        fail_by(Status::INTERNAL, text);
     }
 
     void fail_by(Status status, const std::string& text) {

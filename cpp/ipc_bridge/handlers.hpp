@@ -119,6 +119,17 @@ inline std::string reason_text(Status why) {
     }
 }
 
+// Told of whatever a handler threw that is no Error, from any thread; set it before serving. Null,
+// the default: nobody is told but the client. (In Python that is the logger "ipc_bridge", which is
+// as silent until logging is set up.)
+inline void (*on_handler_failure)(const std::string& what) = nullptr;
+
+inline void tell_handler_failure(const std::string& what) {
+    if (on_handler_failure != nullptr) {
+        on_handler_failure(what);
+    }
+}
+
 // What a handler knows of the call it answers.
 class Call {
   public:

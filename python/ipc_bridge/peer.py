@@ -245,27 +245,20 @@ def ready_file(arguments: Arguments, url: str) -> Iterator[None]:
 
 
 class OneLine(logging.Formatter):
-    """A record as one line; with its traceback if IPC_BRIDGE_LOG is `debug`."""
+    """A record as one line, without a traceback: in C++ there is none."""
 
     def formatException(self, info: Any) -> str:  # noqa: N802 (logging's name)
-        return super().formatException(info) if log_level() == logging.DEBUG else str(info[1])
+        return str(info[1])
 
     def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
-        return text if log_level() == logging.DEBUG else text.replace("\n", ": ")
-
-
-def log_level() -> int:
-    """What IPC_BRIDGE_LOG asks for: debug, info, warning (the default) or error."""
-    level = logging.getLevelName(os.environ.get("IPC_BRIDGE_LOG", "").upper())
-    return level if isinstance(level, int) else logging.WARNING
+        return super().format(record).replace("\n", ": ")
 
 
 def log_to_stderr() -> None:
     """Show what the library logs, a line each."""
     handler = logging.StreamHandler()
     handler.setFormatter(OneLine("%(levelname)s: %(message)s"))
-    logging.basicConfig(level=log_level(), handlers=[handler])
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
 
 
 def print_result(arguments: Arguments, figures: dict[str, Any], text: bytes) -> None:

@@ -11,8 +11,10 @@
 #include <limits>
 #include <memory>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <thread>
+#include <utility>
 
 #include <doctest/doctest.h>
 
@@ -64,6 +66,35 @@ TEST_CASE("close ends a run in another thread") {
         server->close();
         server->run();  // at once
     }
+}
+
+TEST_CASE("a handler's failure that is no Error is told, to this side as well") {
+    const Place place;
+    static std::string told;
+    on_handler_failure = [](const std::string& what) { told += what + "\n"; };
+    for (const std::string& url :
+         {"unix://" + place.path + "/s", "grpc+unix://" + place.path + "/g"}) {
+        CAPTURE(url);
+        told.clear();
+        Service service;
+        service.unary(10, [](Call&, Bytes) -> Payload { throw std::runtime_error("a defect"); });
+        service.unary(11, [](Call&, Bytes) -> Payload { throw Error(Status::ABORTED, "no"); });
+        const auto server = listen(url, std::move(service));
+        std::thread thread([&] { server->run(); });
+        {
+            const auto caller = dial(server->url);
+            CHECK_THROWS_AS(caller->call(11, {}, answer_s), CallError);
+            CHECK_THROWS_WITH_AS(
+                caller->call(10, {}, answer_s),
+                ("INTERNAL: a defect, " + server->url).c_str(),
+                CallError
+            );
+        }
+        server->close();
+        thread.join();
+        CHECK(told == "a defect\n");
+    }
+    on_handler_failure = nullptr;
 }
 
 TEST_CASE("a closed server does not run") {

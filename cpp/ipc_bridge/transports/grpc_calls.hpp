@@ -205,8 +205,10 @@ grpc::Status guarded(const RpcCall& call, Body body) {
     } catch (const Error& error) {
         return status_of(error.status, error.message);
     } catch (const std::exception& error) {
+        tell_handler_failure(error.what());
         return status_of(Status::INTERNAL, error.what());
     } catch (...) {
+        tell_handler_failure("a handler failed");
         return status_of(Status::INTERNAL, "a handler failed");
     }
     const Status why = call.reason();
