@@ -26,9 +26,9 @@ from ipc_bridge import Bridge, Call, Error, Service, Status, connect, make_servi
 from ipc_bridge.client import Items
 from ipc_bridge.frame import PAYLOAD_BYTES_MAX, Buffer
 from ipc_bridge.handlers import Item
-from ipc_bridge.server import CLIENTS_MAX, Callee
+from ipc_bridge.server import CLIENTS_MAX_DEFAULT, Callee
 from ipc_bridge.service import Pattern
-from ipc_bridge.session import WINDOW_BYTES
+from ipc_bridge.session import WINDOW_BYTES_DEFAULT
 from ipc_bridge.system import Signals, now_ns
 
 SECONDS = struct.Struct("<d")
@@ -321,9 +321,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="probe")
     parser.add_argument("command", choices=["serve", "run"])
     parser.add_argument("url")
-    parser.add_argument("--window", type=int, default=WINDOW_BYTES)
+    parser.add_argument("--window", type=int, default=WINDOW_BYTES_DEFAULT)
     parser.add_argument("--max-payload", type=int, default=PAYLOAD_BYTES_MAX)
-    parser.add_argument("--clients-max", type=int, default=CLIENTS_MAX)
+    parser.add_argument("--clients-max", type=int, default=CLIENTS_MAX_DEFAULT)
     arguments = parser.parse_args()
     if os.environ.get("PROBE_ALARM"):
         pester()

@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 
 from ipc_bridge import frame
-from ipc_bridge.client import HELLO_TIMEOUT_S
-from ipc_bridge.connection import BATCH_BYTES
-from ipc_bridge.connection import HELLO_TIMEOUT_S as SERVER_HELLO_TIMEOUT_S
+from ipc_bridge.client import CLIENT_HELLO_TIMEOUT_S
+from ipc_bridge.connection import BATCH_BYTES, SERVER_HELLO_TIMEOUT_S
 from ipc_bridge.errors import MESSAGE_BYTES_MAX, CallError, Status
 from ipc_bridge.frame import (
     HEADER,
@@ -23,8 +22,8 @@ from ipc_bridge.frame import (
 )
 from ipc_bridge.service import ECHO, STREAM
 from ipc_bridge.session import (
-    WINDOW_BYTES,
-    WINDOW_BYTES_MAX,
+    WINDOW_BYTES_DEFAULT,
+    WINDOW_BYTES_LIMIT,
     ClientSession,
     ServerSession,
 )
@@ -80,7 +79,7 @@ def test_frame_md_hello() -> None:
         says[name] = (hello[first : last + 1], what)
     assert int.from_bytes(says["code"][0], "little") == numbers(says["code"][1])[0] == VERSION
     assert says["value"][0] == struct.pack("<I", 0x01020304)
-    assert numbers(says["value"][1]) == [1, WINDOW_BYTES_MAX]
+    assert numbers(says["value"][1]) == [1, WINDOW_BYTES_LIMIT]
     assert says["magic"][0] == MAGIC
     assert says["magic"][1].endswith(MAGIC.hex(" "))
     assert says["max_payload"][0] == struct.pack("<I", 0x05060708)
@@ -107,12 +106,12 @@ def test_frame_md_limits() -> None:
         "payload": [(1 << 32) - 1, PAYLOAD_BYTES_MAX],
         "payload before HELLO": [ClientSession().decoder.payload_bytes_max],
         "status message": [MESSAGE_BYTES_MAX],
-        "window": [1, WINDOW_BYTES_MAX, WINDOW_BYTES],
+        "window": [1, WINDOW_BYTES_LIMIT, WINDOW_BYTES_DEFAULT],
         "producer ahead of its reader": [],  # counted, test_session.py
         "calls": [(1 << 32) - 1],
         "items of a stream": [],
         "deadline": [(1 << 32) - 1, ((1 << 32) - 1) // (24 * 3600 * 1000)],
-        "HELLO": [HELLO_TIMEOUT_S],
+        "HELLO": [CLIENT_HELLO_TIMEOUT_S],
     }
     assert {what: numbers(limit) for what, limit, *_ in table_after("Limits")} == actual
     assert numbers(section("Limits").split("at most")[1]) == [frame.PAYLOAD_BYTES_LIMIT]

@@ -27,9 +27,9 @@ from ipc_bridge import Error, arguments, endpoint
 from ipc_bridge import peer as twin
 from ipc_bridge.endpoint import SCHEMES, way_of
 from ipc_bridge.frame import PAYLOAD_BYTES_LIMIT, PAYLOAD_BYTES_MAX
-from ipc_bridge.server import CLIENTS_MAX, GRACE_S
+from ipc_bridge.server import CLIENTS_MAX_DEFAULT, GRACE_S_DEFAULT
 from ipc_bridge.service import ECHO, STREAM, Pattern, make_service
-from ipc_bridge.session import WINDOW_BYTES
+from ipc_bridge.session import WINDOW_BYTES_DEFAULT
 from peer_support import GONE_S, Outcome, files, peer, run, served, serving_own, started, stdio_url
 from processes import is_gone, only_child, sleeps
 from support import (
@@ -445,10 +445,10 @@ def test_the_help_tells_the_defaults() -> None:
     text = " ".join(
         option.text for option in (*arguments.COMMON, *arguments.SERVE, arguments.WINDOW)
     )
-    assert f"(default {WINDOW_BYTES >> 20}MiB)" in text
+    assert f"(default {WINDOW_BYTES_DEFAULT >> 20}MiB)" in text
     assert f"(default {PAYLOAD_BYTES_MAX >> 20}MiB)" in text
-    assert f"default {CLIENTS_MAX})" in text
-    assert f"(default {GRACE_S:g})" in text
+    assert f"default {CLIENTS_MAX_DEFAULT})" in text
+    assert f"(default {GRACE_S_DEFAULT:g})" in text
 
 
 @each_language

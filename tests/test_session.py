@@ -16,7 +16,7 @@ from ipc_bridge import frame
 from ipc_bridge.errors import Error, ProtocolError, Status, UsageError
 from ipc_bridge.frame import HEADER_BYTES, Kind
 from ipc_bridge.session import (
-    WINDOW_BYTES_MAX,
+    WINDOW_BYTES_LIMIT,
     ClientSession,
     ServerSession,
     State,
@@ -172,7 +172,7 @@ def test_vectors_cover_the_whole_table() -> None:
 @pytest.mark.parametrize("make", [ClientSession, ServerSession])
 @pytest.mark.parametrize(
     ("window", "most"),
-    [(0, 1), (-1, 1), (WINDOW_BYTES_MAX + 1, 1), (1, -1), (1, frame.PAYLOAD_BYTES_LIMIT + 1)],
+    [(0, 1), (-1, 1), (WINDOW_BYTES_LIMIT + 1, 1), (1, -1), (1, frame.PAYLOAD_BYTES_LIMIT + 1)],
 )
 def test_options_out_of_range(make: Callable[[int, int], Either], window: int, most: int) -> None:
     with pytest.raises(UsageError, match="INVALID_ARGUMENT"):
@@ -182,7 +182,7 @@ def test_options_out_of_range(make: Callable[[int, int], Either], window: int, m
 @pytest.mark.parametrize("make", [ClientSession, ServerSession])
 def test_options_at_the_edge_of_the_range(make: Callable[[int, int], Either]) -> None:
     make(1, 0)
-    make(WINDOW_BYTES_MAX, frame.PAYLOAD_BYTES_LIMIT)
+    make(WINDOW_BYTES_LIMIT, frame.PAYLOAD_BYTES_LIMIT)
 
 
 def test_next_id() -> None:

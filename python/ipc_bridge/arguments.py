@@ -246,7 +246,9 @@ class Arguments:
                 raise
             raise CommandLineError(error.what, error.where) from None
         self.json = bool(self._values["json"])
-        self.window_bytes = self.size("--window", 1, session.WINDOW_BYTES_MAX, session.WINDOW_BYTES)
+        self.window_bytes = self.size(
+            "--window", 1, session.WINDOW_BYTES_LIMIT, session.WINDOW_BYTES_DEFAULT
+        )
         self.payload_bytes_max = self.size(
             "--max-payload", 0, frame.PAYLOAD_BYTES_LIMIT, frame.PAYLOAD_BYTES_MAX
         )

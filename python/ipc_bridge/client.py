@@ -14,7 +14,7 @@ from typing import NoReturn, Protocol, Self
 from ipc_bridge import frame
 from ipc_bridge.errors import CallError, Error, ProtocolError, Status, UsageError
 from ipc_bridge.frame import Batch, Buffer, Kind
-from ipc_bridge.session import WINDOW_BYTES, ClientSession, State
+from ipc_bridge.session import WINDOW_BYTES_DEFAULT, ClientSession, State
 from ipc_bridge.system import (
     END,
     NEVER,
@@ -28,14 +28,14 @@ from ipc_bridge.system import (
     remaining_ms,
 )
 
-HELLO_TIMEOUT_S = 5.0  # a server that says nothing for so long is none of ours
+CLIENT_HELLO_TIMEOUT_S = 5.0  # a server that says nothing for so long is none of ours
 CONNECT_TIMEOUT_S = 5.0  # default; a server that starts together with its client is up by then
 
 
 def connect(
     transport: Transport,
     *,
-    window_bytes: int = WINDOW_BYTES,
+    window_bytes: int = WINDOW_BYTES_DEFAULT,
     payload_bytes_max: int = frame.PAYLOAD_BYTES_MAX,
     timeout: float | None = CONNECT_TIMEOUT_S,
 ) -> "Client":
@@ -51,7 +51,7 @@ def connect(
     deadline_ns = deadline_after(timeout)
     client = Client(transport.connect(deadline_ns), session, transport.url)
     try:
-        client._meet(min(deadline_ns, deadline_after(HELLO_TIMEOUT_S)))
+        client._meet(min(deadline_ns, deadline_after(CLIENT_HELLO_TIMEOUT_S)))
     except BaseException:
         client.close()
         raise
@@ -90,6 +90,90 @@ class Caller(Protocol):
     def close(self) -> None:
         """Close the connection."""
         ...
+
+
+class Items:
+    """The items of an open stream, in order; each is a view that lives until the next.
+
+    Leaving the loop early, `close`, or dropping it cancels the call. Iteration raises CallError
+    for an end that is not OK.
+    """
+
+    def __init__(self, client: "Client") -> None:
+        self._client = client
+        self._walk = self._generate()
+        self._open = True
+
+    def __iter__(self) -> Iterator[memoryview]:
+        return self._cancelling()
+
+    def __next__(self) -> memoryview:
+        return next(self._walk)
+
+    def batches(self) -> Generator[Batch, None, None]:
+        """The items, but all that are here at once: for many small ones, and for numpy.
+
+        A batch has at least one item and lives until the next; it ends and raises as iteration by
+        items does, and the two may not be mixed.
+        """
+        client = self._client
+        session = client._session
+        try:
+            while True:
+                if client._is_late():
+                    client._expire()
+                batch = session.batch()
+                if batch is not None:
+                    yield batch
+                elif client._event() == Kind.ITEM:
+                    yield session.decoder.batch_of_one()
+                else:
+                    return
+                session.consumed()
+                if session.outbox.size:
+                    client._write()
+        finally:
+            self._open = self._open and session.state == State.OPEN
+            self.close()
+
+    def close(self) -> None:
+        """Cancel the call unless it has ended. Idempotent."""
+        if self._open:
+            self._open = False
+            self._client._cancel()
+            self._walk.close()
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):
+            self.close()
+
+    def _cancelling(self) -> Generator[memoryview, None, None]:
+        try:
+            yield from self._walk
+        finally:
+            self.close()
+
+    def _generate(self) -> Generator[memoryview, None, None]:
+        client = self._client
+        session = client._session
+        try:
+            while True:
+                if session.state == State.CLOSED:  # by its owner, in mid-stream
+                    raise CallError(Status.UNAVAILABLE, "the connection is closed", client.url)
+                if client._is_late():
+                    client._expire()
+                views = session.items()
+                if views:
+                    yield from views
+                elif client._event() == Kind.ITEM:
+                    yield session.payload
+                else:
+                    return
+                session.consumed()
+                if session.outbox.size:
+                    client._write()
+        finally:
+            self._open = self._open and session.state == State.OPEN
 
 
 class Client:
@@ -392,90 +476,6 @@ def _orphan_all() -> None:
 
 
 os.register_at_fork(after_in_child=_orphan_all)
-
-
-class Items:
-    """The items of an open stream, in order; each is a view that lives until the next.
-
-    Leaving the loop early, `close`, or dropping it cancels the call. Iteration raises CallError
-    for an end that is not OK.
-    """
-
-    def __init__(self, client: Client) -> None:
-        self._client = client
-        self._walk = self._generate()
-        self._open = True
-
-    def __iter__(self) -> Iterator[memoryview]:
-        return self._cancelling()
-
-    def __next__(self) -> memoryview:
-        return next(self._walk)
-
-    def batches(self) -> Generator[Batch, None, None]:
-        """The items, but all that are here at once: for many small ones, and for numpy.
-
-        A batch has at least one item and lives until the next; it ends and raises as iteration by
-        items does, and the two may not be mixed.
-        """
-        client = self._client
-        session = client._session
-        try:
-            while True:
-                if client._is_late():
-                    client._expire()
-                batch = session.batch()
-                if batch is not None:
-                    yield batch
-                elif client._event() == Kind.ITEM:
-                    yield session.decoder.batch_of_one()
-                else:
-                    return
-                session.consumed()
-                if session.outbox.size:
-                    client._write()
-        finally:
-            self._open = self._open and session.state == State.OPEN
-            self.close()
-
-    def close(self) -> None:
-        """Cancel the call unless it has ended. Idempotent."""
-        if self._open:
-            self._open = False
-            self._client._cancel()
-            self._walk.close()
-
-    def __del__(self) -> None:
-        with contextlib.suppress(Exception):
-            self.close()
-
-    def _cancelling(self) -> Generator[memoryview, None, None]:
-        try:
-            yield from self._walk
-        finally:
-            self.close()
-
-    def _generate(self) -> Generator[memoryview, None, None]:
-        client = self._client
-        session = client._session
-        try:
-            while True:
-                if session.state == State.CLOSED:  # by its owner, in mid-stream
-                    raise CallError(Status.UNAVAILABLE, "the connection is closed", client.url)
-                if client._is_late():
-                    client._expire()
-                views = session.items()
-                if views:
-                    yield from views
-                elif client._event() == Kind.ITEM:
-                    yield session.payload
-                else:
-                    return
-                session.consumed()
-                if session.outbox.size:
-                    client._write()
-        finally:
-            self._open = self._open and session.state == State.OPEN
 
 
 __all__ = ["Caller", "Client", "ItemStream", "Items", "UsageError", "connect"]

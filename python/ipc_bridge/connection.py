@@ -13,7 +13,7 @@ from ipc_bridge.handlers import REASONS, Call, Item, Pause, Service
 from ipc_bridge.session import RUNNING, ServerSession, State
 from ipc_bridge.system import END, NEVER, WOULD_BLOCK, Stream, deadline_after, now_ns
 
-HELLO_TIMEOUT_S = 5.0  # a client that says nothing for so long is gone
+SERVER_HELLO_TIMEOUT_S = 5.0  # a client that says nothing for so long is gone
 BATCH_BYTES = 64 << 10  # of small items for one write; more gains nothing
 STRIDE_ITEMS_MAX = 16  # items made between two looks at the clock: at most these wait for a batch
 STRIDE_NS = 20_000  # a stride that takes longer is sent at once
@@ -65,7 +65,7 @@ class Connection:
         self.cut = False  # set from another thread: the grace is over
         self._service = service
         self._on_hello = on_hello  # once the client has said hello; raises Error to refuse it
-        self._hello_deadline_ns = deadline_after(HELLO_TIMEOUT_S)
+        self._hello_deadline_ns = deadline_after(SERVER_HELLO_TIMEOUT_S)
         self._met = False
         self._call: ConnectionCall | None = None
         self._undated = ConnectionCall(self, NEVER)  # for all small calls without a deadline

@@ -23,7 +23,7 @@ from ipc_bridge import client, frame, server
 from ipc_bridge.errors import Error, Status
 from ipc_bridge.handlers import Service
 from ipc_bridge.service import Bridge, make_service
-from ipc_bridge.session import WINDOW_BYTES
+from ipc_bridge.session import WINDOW_BYTES_DEFAULT
 from ipc_bridge.system import Transport, Wait
 from ipc_bridge.transports.pipe import Pipe, Stdio
 from ipc_bridge.transports.shm_ring import Shm
@@ -65,7 +65,7 @@ def transport(url: str) -> Transport:
 def dial(
     url: str,
     *,
-    window_bytes: int = WINDOW_BYTES,
+    window_bytes: int = WINDOW_BYTES_DEFAULT,
     payload_bytes_max: int = frame.PAYLOAD_BYTES_MAX,
     timeout: float | None = client.CONNECT_TIMEOUT_S,
 ) -> client.Caller:
@@ -85,7 +85,7 @@ def dial(
 def connect(
     url: str,
     *,
-    window_bytes: int = WINDOW_BYTES,
+    window_bytes: int = WINDOW_BYTES_DEFAULT,
     payload_bytes_max: int = frame.PAYLOAD_BYTES_MAX,
     timeout: float | None = client.CONNECT_TIMEOUT_S,
 ) -> Bridge:
@@ -104,10 +104,10 @@ def listen(
     url: str,
     service: Service,
     *,
-    window_bytes: int = WINDOW_BYTES,
+    window_bytes: int = WINDOW_BYTES_DEFAULT,
     payload_bytes_max: int = frame.PAYLOAD_BYTES_MAX,
-    clients_max: int = server.CLIENTS_MAX,
-    grace_s: float = server.GRACE_S,
+    clients_max: int = server.CLIENTS_MAX_DEFAULT,
+    grace_s: float = server.GRACE_S_DEFAULT,
 ) -> server.Callee:
     """Become the server of `url`; `run` what it returns. The options and errors are those of
     `server.Server`."""
@@ -128,10 +128,10 @@ def serve(
     url: str,
     service: Service | None = None,
     *,
-    window_bytes: int = WINDOW_BYTES,
+    window_bytes: int = WINDOW_BYTES_DEFAULT,
     payload_bytes_max: int = frame.PAYLOAD_BYTES_MAX,
-    clients_max: int = server.CLIENTS_MAX,
-    grace_s: float = server.GRACE_S,
+    clients_max: int = server.CLIENTS_MAX_DEFAULT,
+    grace_s: float = server.GRACE_S_DEFAULT,
 ) -> server.Callee:
     """As `listen`; the service is echo and stream unless given."""
     return listen(

@@ -67,6 +67,11 @@ class CallError(Error):
     the peer's death (UNAVAILABLE)."""
 
 
+def status_of_errno(number: int) -> Status:
+    """The status that says best what an errno means to a caller."""
+    return _STATUS_OF_ERRNO.get(number, Status.INTERNAL)
+
+
 class SystemError(Error):
     """A system call failed: which one, with which errno, on which object."""
 
@@ -101,8 +106,3 @@ _STATUS_OF_ERRNO = {
     errno.ENETUNREACH: Status.UNAVAILABLE,
     errno.ETIMEDOUT: Status.UNAVAILABLE,
 }
-
-
-def status_of_errno(number: int) -> Status:
-    """The status that says best what an errno means to a caller."""
-    return _STATUS_OF_ERRNO.get(number, Status.INTERNAL)

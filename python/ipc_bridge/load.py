@@ -25,7 +25,7 @@ from ipc_bridge.endpoint import connect
 from ipc_bridge.errors import CallError, Error, Status
 from ipc_bridge.frame import Buffer
 from ipc_bridge.service import ECHO, STAMP, Bridge, Pattern
-from ipc_bridge.session import WINDOW_BYTES
+from ipc_bridge.session import WINDOW_BYTES_DEFAULT
 from ipc_bridge.system import checked, now_ns
 
 ENDLESS = 1 << 63  # items of a stream that is left when the time is up
@@ -53,7 +53,7 @@ class Plan:
     payload: bytes | None = None  # of the calls of `method`; None: `size_bytes` of the pattern
     work_s: float = 0.0  # asleep after each item of a stream, as a consumer at work would be
     server_pid: int = 0  # whose use of the machine is reported as well; CHILD, or 0: nobody's
-    window_bytes: int = WINDOW_BYTES
+    window_bytes: int = WINDOW_BYTES_DEFAULT
     payload_bytes_max: int = frame.PAYLOAD_BYTES_MAX
 
 

@@ -54,8 +54,8 @@ PID_MAX = 1 << 22  # of Linux
 
 def run_serve(arguments: Arguments) -> int:
     """Serve until a signal, or until the parent has gone (stdio)."""
-    clients_max = arguments.count("--clients-max", 1, CLIENTS_MAX, server.CLIENTS_MAX)
-    grace_s = arguments.number("--grace", 0, NUMBER_MAX, server.GRACE_S)
+    clients_max = arguments.count("--clients-max", 1, CLIENTS_MAX, server.CLIENTS_MAX_DEFAULT)
+    grace_s = arguments.number("--grace", 0, NUMBER_MAX, server.GRACE_S_DEFAULT)
     log_to_stderr()
     signals = StopSignals()
     with serve(

@@ -15,13 +15,13 @@ from ipc_bridge import frame
 from ipc_bridge.connection import Connection, log
 from ipc_bridge.errors import Error, Status
 from ipc_bridge.handlers import Service
-from ipc_bridge.session import WINDOW_BYTES, ServerSession
+from ipc_bridge.session import WINDOW_BYTES_DEFAULT, ServerSession
 from ipc_bridge.system import NEVER, Hub, Stream, Transport, deadline_after, now_ns
 
 TURNS_MAX = 16  # of clients with input, in a shared loop, before those whose time has come
-CLIENTS_MAX = 256  # default; each costs a thread and 256 KiB of buffer
+CLIENTS_MAX_DEFAULT = 256  # default; each costs a thread and 256 KiB of buffer
 STRANGERS_MAX = 256  # connections that have not said HELLO; beyond, the oldest is dropped
-GRACE_S = 1.0  # default; for running calls when the server is told to stop
+GRACE_S_DEFAULT = 1.0  # default; for running calls when the server is told to stop
 CUT_S = 0.5  # then, for handlers to notice that they are cut
 
 
@@ -60,10 +60,10 @@ class Server:
         transport: Transport,
         service: Service,
         *,
-        window_bytes: int = WINDOW_BYTES,
+        window_bytes: int = WINDOW_BYTES_DEFAULT,
         payload_bytes_max: int = frame.PAYLOAD_BYTES_MAX,
-        clients_max: int = CLIENTS_MAX,
-        grace_s: float = GRACE_S,
+        clients_max: int = CLIENTS_MAX_DEFAULT,
+        grace_s: float = GRACE_S_DEFAULT,
     ) -> None:
         """Listen; clients may come from now on.
 

@@ -54,14 +54,6 @@ class Pattern:
         return len(item) == self.size - skip and self._bytes.startswith(item, at)
 
 
-def make_service() -> Service:
-    """The two methods, for a server."""
-    service = Service()
-    service.unary(ECHO, echo, blocks=False)
-    service.streaming(STREAM, stream, blocks=False)
-    return service
-
-
 def echo(call: Call, request: memoryview) -> Buffer:
     """The same bytes."""
     return request
@@ -108,6 +100,14 @@ def _parse(request: bytes) -> StreamRequest:
     if asked.stamped and asked.size < STAMP.size:
         raise Error(Status.INVALID_ARGUMENT, f"a stamp takes {STAMP.size} bytes")
     return asked
+
+
+def make_service() -> Service:
+    """The two methods, for a server."""
+    service = Service()
+    service.unary(ECHO, echo, blocks=False)
+    service.streaming(STREAM, stream, blocks=False)
+    return service
 
 
 class Bridge:

@@ -34,8 +34,10 @@ from ipc_bridge.frame import (
 )
 
 SMALL_BYTES_MAX = JOIN_BYTES_MAX  # of a payload on a lane: it is joined with its header
-WINDOW_BYTES = 4 << 20  # default: a few of the largest items that people stream, for full speed
-WINDOW_BYTES_MAX = 1 << 30
+WINDOW_BYTES_DEFAULT = (
+    4 << 20
+)  # default: a few of the largest items that people stream, for full speed
+WINDOW_BYTES_LIMIT = 1 << 30
 _U32 = (1 << 32) - 1
 
 
@@ -67,7 +69,7 @@ class Session:
     table: ClassVar[dict[State, dict[int, Callable[[Any, Header], Kind | None]]]]
 
     def __init__(self, window_bytes: int, payload_bytes_max: int) -> None:
-        if not 1 <= window_bytes <= WINDOW_BYTES_MAX:
+        if not 1 <= window_bytes <= WINDOW_BYTES_LIMIT:
             raise UsageError(Status.INVALID_ARGUMENT, f"window of {window_bytes} bytes")
         if not 0 <= payload_bytes_max <= frame.PAYLOAD_BYTES_LIMIT:
             raise UsageError(Status.INVALID_ARGUMENT, f"max_payload of {payload_bytes_max} bytes")
@@ -161,7 +163,7 @@ class Session:
             raise ProtocolError("HELLO without the magic IPCB")
         if header[3] != frame.VERSION:
             raise ProtocolError(f"version {header[3]}, this side speaks {frame.VERSION}")
-        if not 1 <= header[5] <= WINDOW_BYTES_MAX:
+        if not 1 <= header[5] <= WINDOW_BYTES_LIMIT:
             raise ProtocolError(f"window of {header[5]} bytes")
         self.peer_window_bytes = header[5]
         self.peer_payload_bytes_max = payload_bytes_max
@@ -181,7 +183,7 @@ class ClientSession(Session):
 
     def __init__(
         self,
-        window_bytes: int = WINDOW_BYTES,
+        window_bytes: int = WINDOW_BYTES_DEFAULT,
         payload_bytes_max: int = frame.PAYLOAD_BYTES_MAX,
     ) -> None:
         super().__init__(window_bytes, payload_bytes_max)
@@ -386,7 +388,7 @@ class ServerSession(Session):
 
     def __init__(
         self,
-        window_bytes: int = WINDOW_BYTES,
+        window_bytes: int = WINDOW_BYTES_DEFAULT,
         payload_bytes_max: int = frame.PAYLOAD_BYTES_MAX,
     ) -> None:
         super().__init__(window_bytes, payload_bytes_max)

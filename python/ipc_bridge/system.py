@@ -389,6 +389,16 @@ class Lock:
             os.close(fd)
 
 
+def check_private_directory(path: str) -> None:
+    """Raises Error: NOT_FOUND; PERMISSION_DENIED unless it is ours alone."""
+    with checked("stat", path):
+        info = os.stat(path, follow_symlinks=False)
+    if not stat.S_ISDIR(info.st_mode):
+        raise Error(Status.PERMISSION_DENIED, "not a directory", path)
+    if info.st_uid != os.geteuid() or info.st_mode & 0o077:
+        raise Error(Status.PERMISSION_DENIED, "the directory is not ours alone (mode 0700)", path)
+
+
 def make_private_directory(path: str) -> bool:
     """Make `path` with mode 0700 unless it is there; True if it was made.
 
@@ -403,16 +413,6 @@ def make_private_directory(path: str) -> bool:
         raise SystemError("mkdir", error.errno or 0, path) from None
     check_private_directory(path)
     return False
-
-
-def check_private_directory(path: str) -> None:
-    """Raises Error: NOT_FOUND; PERMISSION_DENIED unless it is ours alone."""
-    with checked("stat", path):
-        info = os.stat(path, follow_symlinks=False)
-    if not stat.S_ISDIR(info.st_mode):
-        raise Error(Status.PERMISSION_DENIED, "not a directory", path)
-    if info.st_uid != os.geteuid() or info.st_mode & 0o077:
-        raise Error(Status.PERMISSION_DENIED, "the directory is not ours alone (mode 0700)", path)
 
 
 def check_peer(sock: socket.socket, where: str) -> None:

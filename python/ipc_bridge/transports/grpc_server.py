@@ -18,7 +18,7 @@ from ipc_bridge.bridge_pb2_grpc import add_BridgeServicer_to_server
 from ipc_bridge.errors import Error, Status
 from ipc_bridge.handlers import Service
 from ipc_bridge.server import CUT_S
-from ipc_bridge.session import WINDOW_BYTES, ServerSession
+from ipc_bridge.session import WINDOW_BYTES_DEFAULT, ServerSession
 from ipc_bridge.system import Wakeup
 from ipc_bridge.transports.grpc_calls import SPARE_THREAD, RpcServicer
 from ipc_bridge.transports.grpc_options import KEEPALIVE_MS, message_bytes
@@ -103,7 +103,7 @@ class RpcServer:
     ) -> None:
         """Listen at `address`, which is free; `cleanup` removes it. Raises Error: ALREADY_EXISTS
         if another program has just taken it; INVALID_ARGUMENT if the keys are of no use."""
-        ServerSession(WINDOW_BYTES, payload_bytes_max)  # a bad option is an error now
+        ServerSession(WINDOW_BYTES_DEFAULT, payload_bytes_max)  # a bad option is an error now
         self._grace_s = grace_s
         self._cleanup = cleanup
         self._lock = threading.RLock()  # a signal's handler may interrupt who holds it

@@ -165,95 +165,6 @@ class PipeStream(Stream):
         return True
 
 
-class Pipe(Transport):
-    """`pipe:///dir`: a directory of the server's own, mode 0700; in it `lock`, `listen`, and for a
-    moment the pair of a client that is arriving."""
-
-    def __init__(self, path: str, wait: Wait = Wait.ADAPTIVE) -> None:
-        self.path = path
-        self.url = f"pipe://{path}"
-        self._wait = wait
-
-    def connect(self, deadline_ns: int) -> Stream:
-        pause_s, longest_s = CONNECT_RETRY_S
-        while True:
-            stream = self._attempt(deadline_ns)
-            if stream is not None:
-                return stream
-            left_ns = deadline_ns - now_ns()
-            if left_ns <= 0:
-                raise Error(Status.UNAVAILABLE, "no server", self.url)
-            time.sleep(min(pause_s, left_ns / 1e9))
-            pause_s = min(2 * pause_s, longest_s)
-
-    def listen(self) -> Listener:
-        made = make_private_directory(self.path)
-        try:
-            lock = Lock(f"{self.path}/lock")
-        except BaseException:
-            if made:
-                os.rmdir(self.path)
-            raise
-        try:
-            _sweep(self.path)
-            return PipeListener(self.path, self.url, self._wait, lock, made)
-        except BaseException:
-            lock.close()
-            if made:
-                os.rmdir(self.path)
-            raise
-
-    def _attempt(self, deadline_ns: int) -> Stream | None:
-        """Knock once; None if no server answers (yet)."""
-        with contextlib.ExitStack() as undo:
-            try:
-                check_private_directory(self.path)
-                listen_fd = _open_fifo(f"{self.path}/listen", os.O_WRONLY)
-            except Error as error:
-                if error.status in (Status.NOT_FOUND, Status.UNAVAILABLE):
-                    return None
-                raise
-            undo.callback(os.close, listen_fd)
-            name = secrets.token_hex(8)
-            paths = [f"{self.path}/{name}.{end}" for end in ("s2c", "c2s")]
-            for path in paths:
-                with checked("mkfifo", path):
-                    os.mkfifo(path, 0o600)
-                undo.callback(_unlink, path)
-            # Our end for reading first, so that the server can open its own for writing. Then a
-            # reader that stands in for the server, without which ours for writing would not open;
-            # it leaves when the server has come, else the server would read a false end-of-file.
-            read_fd = _open_fifo(paths[0], os.O_RDONLY)
-            kept = undo.enter_context(contextlib.ExitStack())
-            kept.callback(os.close, read_fd)
-            stand_in_fd = _open_fifo(paths[1], os.O_RDONLY)
-            undo.callback(os.close, stand_in_fd)
-            write_fd = _open_fifo(paths[1], os.O_WRONLY)
-            kept.callback(os.close, write_fd)
-            if _knock(listen_fd, name) and _await_answer(read_fd, listen_fd, deadline_ns):
-                kept.pop_all()
-                return PipeStream(read_fd, write_fd, self._wait, lambda: None, server=False)
-        return None
-
-
-def _knock(listen_fd: int, name: str) -> bool:
-    try:
-        os.write(listen_fd, f"{name}\n".encode())
-        return True
-    except (BlockingIOError, BrokenPipeError):  # full of others, or the server has just gone
-        return False
-
-
-def _await_answer(read_fd: int, listen_fd: int, deadline_ns: int) -> bool:
-    """Wait for the server's first byte; its listening end tells if it goes instead (POLLERR)."""
-    poll = select.poll()
-    poll.register(read_fd, select.POLLIN)
-    poll.register(listen_fd, 0)
-    if not sleep_until_ready(poll, deadline_ns):
-        return False
-    return any(fd == read_fd and events & select.POLLIN for fd, events in poll.poll(0))
-
-
 class PipeListener(Listener):
     """The FIFO `listen`, under the lock."""
 
@@ -347,6 +258,95 @@ class PipeListener(Listener):
         sleep_until_ready(poll, now_ns() + RETRY_NS)
 
 
+class Pipe(Transport):
+    """`pipe:///dir`: a directory of the server's own, mode 0700; in it `lock`, `listen`, and for a
+    moment the pair of a client that is arriving."""
+
+    def __init__(self, path: str, wait: Wait = Wait.ADAPTIVE) -> None:
+        self.path = path
+        self.url = f"pipe://{path}"
+        self._wait = wait
+
+    def connect(self, deadline_ns: int) -> Stream:
+        pause_s, longest_s = CONNECT_RETRY_S
+        while True:
+            stream = self._attempt(deadline_ns)
+            if stream is not None:
+                return stream
+            left_ns = deadline_ns - now_ns()
+            if left_ns <= 0:
+                raise Error(Status.UNAVAILABLE, "no server", self.url)
+            time.sleep(min(pause_s, left_ns / 1e9))
+            pause_s = min(2 * pause_s, longest_s)
+
+    def listen(self) -> Listener:
+        made = make_private_directory(self.path)
+        try:
+            lock = Lock(f"{self.path}/lock")
+        except BaseException:
+            if made:
+                os.rmdir(self.path)
+            raise
+        try:
+            _sweep(self.path)
+            return PipeListener(self.path, self.url, self._wait, lock, made)
+        except BaseException:
+            lock.close()
+            if made:
+                os.rmdir(self.path)
+            raise
+
+    def _attempt(self, deadline_ns: int) -> Stream | None:
+        """Knock once; None if no server answers (yet)."""
+        with contextlib.ExitStack() as undo:
+            try:
+                check_private_directory(self.path)
+                listen_fd = _open_fifo(f"{self.path}/listen", os.O_WRONLY)
+            except Error as error:
+                if error.status in (Status.NOT_FOUND, Status.UNAVAILABLE):
+                    return None
+                raise
+            undo.callback(os.close, listen_fd)
+            name = secrets.token_hex(8)
+            paths = [f"{self.path}/{name}.{end}" for end in ("s2c", "c2s")]
+            for path in paths:
+                with checked("mkfifo", path):
+                    os.mkfifo(path, 0o600)
+                undo.callback(_unlink, path)
+            # Our end for reading first, so that the server can open its own for writing. Then a
+            # reader that stands in for the server, without which ours for writing would not open;
+            # it leaves when the server has come, else the server would read a false end-of-file.
+            read_fd = _open_fifo(paths[0], os.O_RDONLY)
+            kept = undo.enter_context(contextlib.ExitStack())
+            kept.callback(os.close, read_fd)
+            stand_in_fd = _open_fifo(paths[1], os.O_RDONLY)
+            undo.callback(os.close, stand_in_fd)
+            write_fd = _open_fifo(paths[1], os.O_WRONLY)
+            kept.callback(os.close, write_fd)
+            if _knock(listen_fd, name) and _await_answer(read_fd, listen_fd, deadline_ns):
+                kept.pop_all()
+                return PipeStream(read_fd, write_fd, self._wait, lambda: None, server=False)
+        return None
+
+
+def _knock(listen_fd: int, name: str) -> bool:
+    try:
+        os.write(listen_fd, f"{name}\n".encode())
+        return True
+    except (BlockingIOError, BrokenPipeError):  # full of others, or the server has just gone
+        return False
+
+
+def _await_answer(read_fd: int, listen_fd: int, deadline_ns: int) -> bool:
+    """Wait for the server's first byte; its listening end tells if it goes instead (POLLERR)."""
+    poll = select.poll()
+    poll.register(read_fd, select.POLLIN)
+    poll.register(listen_fd, 0)
+    if not sleep_until_ready(poll, deadline_ns):
+        return False
+    return any(fd == read_fd and events & select.POLLIN for fd, events in poll.poll(0))
+
+
 def _open_fifo(path: str, flags: int) -> int:
     """Open a FIFO of ours. Raises Error: NOT_FOUND, UNAVAILABLE (no reader), PERMISSION_DENIED."""
     with checked("open", path):
@@ -376,6 +376,40 @@ def _sweep(path: str) -> None:
 def _unlink(path: str) -> None:
     with contextlib.suppress(OSError):
         os.unlink(path)
+
+
+class StdioListener(Listener):
+    """The parent is the only client; when it has gone, no other can come."""
+
+    def __init__(self, url: str, read_fd: int, write_fd: int, wait: Wait) -> None:
+        self.url = url
+        self._gone = Wakeup()
+        self._wakeup = Wakeup()
+        self._stopped = False
+        self._stream: PipeStream | None = PipeStream(
+            read_fd, write_fd, wait, self._gone.set, server=True
+        )
+
+    def accept(self) -> Stream | None:
+        stream, self._stream = self._stream, None
+        if stream is None and not self._stopped:
+            poll = select.poll()
+            poll.register(self._gone, select.POLLIN)
+            poll.register(self._wakeup, select.POLLIN)
+            poll.poll()
+        return stream
+
+    def interrupt(self) -> None:
+        self._stopped = True
+        self._wakeup.set()
+
+    def close(self) -> None:
+        self._stopped = True
+        stream, self._stream = self._stream, None
+        if stream is not None:  # nobody accepted it
+            stream.close()
+        self._gone.close()
+        self._wakeup.close()
 
 
 class Stdio(Transport):
@@ -429,40 +463,6 @@ class Stdio(Transport):
             listener = StdioListener(self.url, read_fd, write_fd, self._wait)
             undo.pop_all()
             return listener
-
-
-class StdioListener(Listener):
-    """The parent is the only client; when it has gone, no other can come."""
-
-    def __init__(self, url: str, read_fd: int, write_fd: int, wait: Wait) -> None:
-        self.url = url
-        self._gone = Wakeup()
-        self._wakeup = Wakeup()
-        self._stopped = False
-        self._stream: PipeStream | None = PipeStream(
-            read_fd, write_fd, wait, self._gone.set, server=True
-        )
-
-    def accept(self) -> Stream | None:
-        stream, self._stream = self._stream, None
-        if stream is None and not self._stopped:
-            poll = select.poll()
-            poll.register(self._gone, select.POLLIN)
-            poll.register(self._wakeup, select.POLLIN)
-            poll.poll()
-        return stream
-
-    def interrupt(self) -> None:
-        self._stopped = True
-        self._wakeup.set()
-
-    def close(self) -> None:
-        self._stopped = True
-        stream, self._stream = self._stream, None
-        if stream is not None:  # nobody accepted it
-            stream.close()
-        self._gone.close()
-        self._wakeup.close()
 
 
 def _reap(child: subprocess.Popen[bytes]) -> None:
