@@ -80,6 +80,11 @@ try:
     refusal = "none"
 except grpc.RpcError as error:
     refusal = error.code().name
+try:
+    call(call_request(method=70000), timeout=5)
+    unknown = "none"
+except grpc.RpcError as error:
+    unknown = f"{error.code().name}: {error.details()}"
 health = health_pb2_grpc.HealthStub(channel)
 states = [
     health.Check(health_pb2.HealthCheckRequest(service=name), timeout=5).status
@@ -93,6 +98,7 @@ print(json.dumps({
     "sizes": [len(item) for item in items],
     "first": list(items[1][:4]),
     "refusal": refusal,
+    "unknown": unknown,
     "states": states,
 }))
 """
@@ -121,6 +127,7 @@ def test_a_stranger_calls_by_reflection(scheme: str, server: str, place: Path) -
         "sizes": [300] * 5,
         "first": [(j * j + (j >> 8)) % 251 for j in range(257, 261)],
         "refusal": "INVALID_ARGUMENT",
+        "unknown": "UNIMPLEMENTED: no unary method 70000",
         "states": [1, 1],
     }
 

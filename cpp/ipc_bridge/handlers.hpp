@@ -85,7 +85,7 @@ class Service {
     }
 
     // Throws Error: UNIMPLEMENTED.
-    const UnaryHandler& find_unary(std::uint16_t method) const {
+    const UnaryHandler& find_unary(std::uint32_t method) const {
         const auto found = unary_.find(method);
         if (found == unary_.end()) {
             throw Error(Status::UNIMPLEMENTED, "no unary method " + std::to_string(method));
@@ -94,7 +94,7 @@ class Service {
     }
 
     // Throws Error: UNIMPLEMENTED.
-    const StreamHandler& find_streaming(std::uint16_t method) const {
+    const StreamHandler& find_streaming(std::uint32_t method) const {
         const auto found = streaming_.find(method);
         if (found == streaming_.end()) {
             throw Error(Status::UNIMPLEMENTED, "no streaming method " + std::to_string(method));
@@ -103,8 +103,8 @@ class Service {
     }
 
   private:
-    std::map<std::uint16_t, UnaryHandler> unary_;
-    std::map<std::uint16_t, StreamHandler> streaming_;
+    std::map<std::uint32_t, UnaryHandler> unary_;  // 32 bits: gRPC has room for such a number
+    std::map<std::uint32_t, StreamHandler> streaming_;
 };
 
 // Why a call ended before its handler was done.

@@ -253,8 +253,7 @@ class Unary : public grpc::ServerUnaryReactor {
     grpc::Status run() {
         return guarded(call_, [this] {
             shared_.check_request(request_.size());
-            const auto number = static_cast<std::uint16_t>(std::min(method_, 0xFFFFU));
-            const Payload payload = shared_.service.find_unary(number)(call_, request_);
+            const Payload payload = shared_.service.find_unary(method_)(call_, request_);
             const Bytes bytes = payload.bytes();
             Shared::check_size(call_, bytes.size());
             reply_->assign(reinterpret_cast<const char*>(bytes.data()), bytes.size());
@@ -358,8 +357,7 @@ class Streaming : public grpc::ServerWriteReactor<StreamItem> {
     std::optional<Item> make() {
         if (!producer_) {
             shared_.check_request(request_.size());
-            const auto number = static_cast<std::uint16_t>(std::min(method_, 0xFFFFU));
-            producer_ = shared_.service.find_streaming(number)(call_, bytes_of(request_));
+            producer_ = shared_.service.find_streaming(method_)(call_, bytes_of(request_));
         }
         return call_.reason() == Status::OK ? producer_() : std::nullopt;
     }
