@@ -98,7 +98,7 @@ def _nothing_is_left() -> Iterator[None]:
 def shape(mechanism: str) -> tuple[str, str]:
     """What the usage text of a mechanism calls its address, with a blank; and its last words."""
     names = {"pipe": "PREFIX ", "stdio_pipe": "", "tcp": "PORT ", **dict.fromkeys(BY_KEY, "KEY ")}
-    names["zeromq"] = "ADDRESS "
+    names["zeromq"] = "ENDPOINT "
     address = names.get(mechanism, "PATH ")
     return address, "" if address else " -- COMMAND..."
 

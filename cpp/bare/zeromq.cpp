@@ -55,7 +55,7 @@ void ping(const rounds::Words& words) {
 }
 
 int main(int argc, char** argv) try {
-    return rounds::run(argc, argv, "ADDRESS", serve, ping);
+    return rounds::run(argc, argv, "ENDPOINT", serve, ping);
 } catch (const zmq::error_t& error) {
     rounds::fail("zmq", error.what());
 }

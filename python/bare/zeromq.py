@@ -59,6 +59,6 @@ def ping(words: rounds.Words) -> None:
 
 if __name__ == "__main__":
     try:
-        rounds.run("ADDRESS", serve, ping)
+        rounds.run("ENDPOINT", serve, ping)
     except zmq.ZMQError as error:
         rounds.fail("zmq", str(error))
