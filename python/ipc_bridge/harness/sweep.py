@@ -155,10 +155,8 @@ def sweep(
         table.add_column(name, justify="left" if name in "transport pairing" else "right")
     found: list[dict[str, Any]] = []
     if out:
-        with checked("open", out):
-            out.open(
-                "a"
-            ).close()  # before all the work, and an older result stays until there is one
+        with checked("open", out):  # before all the work; an older result stays until there is one
+            out.open("a").close()
 
     def text() -> str:
         return json.dumps({"bound_s": bound, "cells": found}, separators=(",", ":"))
