@@ -175,15 +175,22 @@ class PipeStream : public Stream {
     }
 
     std::ptrdiff_t try_write(std::span<const std::span<const std::byte>> buffers) override {
-        // An iovec is a pointer and a size, as a span is, but for the const.
-        static_assert(sizeof(std::span<const std::byte>) == sizeof(iovec));
-        const ssize_t count = retrying([&] {
-            return ::writev(
-                write_fd_.get(),
-                reinterpret_cast<const iovec*>(buffers.data()),
-                static_cast<int>(buffers.size())
-            );
-        });
+        ssize_t count = 0;
+        if (buffers.size() == 1) {
+            count = retrying([&] {
+                return ::write(write_fd_.get(), buffers[0].data(), buffers[0].size());
+            });
+        } else {
+            // An iovec is a pointer and a size, as a span is, but for the const.
+            static_assert(sizeof(std::span<const std::byte>) == sizeof(iovec));
+            count = retrying([&] {
+                return ::writev(
+                    write_fd_.get(),
+                    reinterpret_cast<const iovec*>(buffers.data()),
+                    static_cast<int>(buffers.size())
+                );
+            });
+        }
         if (count >= 0) {
             return count;
         }
@@ -193,7 +200,7 @@ class PipeStream : public Stream {
         if (errno == EPIPE) {
             return end_of_stream;
         }
-        throw SystemError("writev", errno, "pipe");
+        throw SystemError("write", errno, "pipe");
     }
 
     bool wait(bool readable, bool writable, std::int64_t deadline_ns) override {

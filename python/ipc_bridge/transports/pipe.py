@@ -101,11 +101,18 @@ class PipeStream(Stream):
     def try_read(self, buffer: memoryview) -> int:
         if self._blocking:
             is_ready = self._interrupted or self._readable.poll(0)
-            return self._sleep_and_read(buffer, NEVER) if is_ready else WOULD_BLOCK
+            return self.read(buffer, NEVER) if is_ready else WOULD_BLOCK
         count = self._read(buffer)
         if count:
             return count
         return END if count == 0 or self._interrupted else WOULD_BLOCK
+
+    def read(self, buffer: memoryview, deadline_ns: int) -> int:
+        if not self._blocking or deadline_ns != NEVER:
+            return super().read(buffer, deadline_ns)
+        # (C++ has this a level below, in sleep_and_read: a call costs nothing there.)
+        count = END if self._interrupted else self._read(buffer) or END
+        return END if self._interrupted else count
 
     def try_write(self, buffers: Sequence[Buffer]) -> int:
         try:
@@ -123,14 +130,6 @@ class PipeStream(Stream):
         # Unless it is wanted, its end-of-file, which no mask hides, would keep poll(2) busy.
         poll = self._any if readable else self._writable
         return self._interrupted or sleep_until_ready(poll, deadline_ns)
-
-    def _sleep_and_read(self, buffer: memoryview, deadline_ns: int) -> int:
-        if not self._blocking:
-            return super()._sleep_and_read(buffer, deadline_ns)
-        if deadline_ns != NEVER and not self.wait(True, False, deadline_ns):
-            return WOULD_BLOCK
-        count = END if self._interrupted else self._read(buffer) or END
-        return END if self._interrupted else count
 
     def fileno(self) -> int:
         return self._read_fd
