@@ -67,7 +67,8 @@ class RpcCall : public Call {
     std::mutex mutex;
     std::condition_variable changed;
 
-    bool is_cancelled() override { return reason() != Status::OK; }
+    // (Asks gRPC as well: it tells no reactor of ours where the handler runs in its thread.)
+    bool is_cancelled() override { return reason() != Status::OK || context_.IsCancelled(); }
 
     void sleep(double seconds) override { sleep_until(deadline_after(seconds)); }
 
@@ -155,20 +156,15 @@ struct Shared {
         }
     }
 
-    // May a handler run on a thread of gRPC? They are few: of those that may block, one may.
+    // May a handler that may block run on a thread of gRPC? They are few: one may.
     bool take_inline() {
-        if (!service.blocks) {
-            return true;
-        }
         const std::lock_guard lock(mutex);
         return !std::exchange(inline_taken, true);
     }
 
     void give_inline() {
-        if (service.blocks) {
-            const std::lock_guard lock(mutex);
-            inline_taken = false;
-        }
+        const std::lock_guard lock(mutex);
+        inline_taken = false;
     }
 
     grpc::Status full() const {
@@ -215,21 +211,33 @@ grpc::Status guarded(const RpcCall& call, Body body) {
     return why == Status::OK ? grpc::Status::OK : status_of(why, reason_text(why));
 }
 
-// A unary call.
+// A unary call: what is asked, and where the answer goes.
+struct Question {
+    std::uint32_t method;
+    Bytes request;
+    std::string* reply;
+};
+
+inline grpc::Status answer(const Shared& shared, RpcCall& call, const Question& question) {
+    return guarded(call, [&] {
+        shared.check_request(question.request.size());
+        const auto& handler = shared.service.find_unary(question.method);
+        const Payload payload = handler(call, question.request);
+        const Bytes bytes = payload.bytes();
+        Shared::check_size(call, bytes.size());
+        question.reply->assign(reinterpret_cast<const char*>(bytes.data()), bytes.size());
+    });
+}
+
+// A unary call whose handler may block.
 class Unary : public grpc::ServerUnaryReactor {
   public:
-    Unary(
-        Shared& shared,
-        const grpc::CallbackServerContext& context,
-        std::uint32_t method,
-        Bytes request,
-        std::string* reply
-    )
-        : shared_(shared), call_(context), method_(method), request_(request), reply_(reply) {
+    Unary(Shared& shared, const grpc::CallbackServerContext& context, const Question& question)
+        : shared_(shared), call_(context), question_(question) {
         if (!shared_.enter(call_)) {
             Finish(shared_.full());
         } else if (shared_.take_inline()) {
-            const grpc::Status status = run();
+            const grpc::Status status = answer(shared_, call_, question_);
             shared_.give_inline();
             end(status);
         } else {
@@ -244,20 +252,10 @@ class Unary : public grpc::ServerUnaryReactor {
   private:
     void start_thread() {
         try {
-            std::thread([this] { end(run()); }).detach();
+            std::thread([this] { end(answer(shared_, call_, question_)); }).detach();
         } catch (const std::system_error&) {
             end(status_of(Status::RESOURCE_EXHAUSTED, "the server has no further thread"));
         }
-    }
-
-    grpc::Status run() {
-        return guarded(call_, [this] {
-            shared_.check_request(request_.size());
-            const Payload payload = shared_.service.find_unary(method_)(call_, request_);
-            const Bytes bytes = payload.bytes();
-            Shared::check_size(call_, bytes.size());
-            reply_->assign(reinterpret_cast<const char*>(bytes.data()), bytes.size());
-        });
     }
 
     // The last that is done here: OnDone may come at once.
@@ -268,10 +266,25 @@ class Unary : public grpc::ServerUnaryReactor {
 
     Shared& shared_;
     RpcCall call_;
-    std::uint32_t method_;
-    Bytes request_;
-    std::string* reply_;
+    Question question_;
 };
+
+// A unary call whose handler does not block, answered at once. (Not by a reactor of ours: gRPC
+// tells that of its end from another thread, and to wake one costs a fifth of a call.)
+inline grpc::ServerUnaryReactor* answer_now(
+    Shared& shared, grpc::CallbackServerContext& context, const Question& question
+) {
+    RpcCall call(context);
+    grpc::ServerUnaryReactor* reactor = context.DefaultReactor();
+    if (shared.enter(call)) {
+        const grpc::Status status = answer(shared, call, question);
+        shared.leave(call);
+        reactor->Finish(status);
+    } else {
+        reactor->Finish(shared.full());
+    }
+    return reactor;
+}
 
 // A streaming call. Its items wait in a queue, from which gRPC's threads write them, one at a time.
 // They make them, too, once the queue is empty, if no handler blocks; else, or from a pause on, a
@@ -476,8 +489,7 @@ class BridgeService : public Bridge::CallbackService {
     grpc::ServerUnaryReactor* Echo(
         grpc::CallbackServerContext* context, const EchoRequest* request, EchoReply* reply
     ) override {
-        const Bytes payload = bytes_of(request->payload());
-        return new Unary(shared_, *context, echo_method, payload, reply->mutable_payload());
+        return unary(*context, echo_method, request->payload(), reply->mutable_payload());
     }
 
     grpc::ServerWriteReactor<StreamItem>* Stream(
@@ -489,8 +501,7 @@ class BridgeService : public Bridge::CallbackService {
     grpc::ServerUnaryReactor* Call(
         grpc::CallbackServerContext* context, const CallRequest* request, CallReply* reply
     ) override {
-        const Bytes payload = bytes_of(request->payload());
-        return new Unary(shared_, *context, request->method(), payload, reply->mutable_payload());
+        return unary(*context, request->method(), request->payload(), reply->mutable_payload());
     }
 
     grpc::ServerWriteReactor<StreamItem>* CallStream(
@@ -509,6 +520,19 @@ class BridgeService : public Bridge::CallbackService {
     }
 
   private:
+    grpc::ServerUnaryReactor* unary(
+        grpc::CallbackServerContext& context,
+        std::uint32_t method,
+        const std::string& request,
+        std::string* reply
+    ) {
+        const Question question{method, bytes_of(request), reply};
+        if (!shared_.service.blocks) {
+            return answer_now(shared_, context, question);
+        }
+        return new Unary(shared_, context, question);
+    }
+
     Shared& shared_;
 };
 
