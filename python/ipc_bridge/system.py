@@ -9,7 +9,6 @@ import contextlib
 import errno
 import fcntl
 import os
-import select
 import signal
 import socket
 import stat
@@ -18,7 +17,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from enum import StrEnum
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from ipc_bridge.errors import Error, Status, SystemError, UsageError
 
@@ -304,10 +303,16 @@ class Signals:
         return number
 
 
-def sleep_until_ready(poll: select.poll, deadline_ns: int) -> bool:
+class Poller(Protocol):
+    """What `sleep_until_ready` sleeps in: a select.poll, or zmq.Poller."""
+
+    def poll(self, timeout: int | None = None, /) -> Sequence[object]: ...
+
+
+def sleep_until_ready(poll: Poller, deadline_ns: int) -> bool:
     """poll(2) to a deadline: False at the deadline.
 
-    poll counts in milliseconds; the last one is slept by the clock, so that pacing is exact.
+    It counts in milliseconds; the last one is slept by the clock, so that pacing is exact.
     """
     if deadline_ns == NEVER:
         return bool(poll.poll())

@@ -32,7 +32,6 @@ Run: python -m ipc_bridge.peer serve zmq+ipc:///tmp/demo.sock
 import errno
 import ipaddress
 import os
-import select
 import socket
 import time
 from collections.abc import Callable
@@ -121,8 +120,8 @@ class Zmq(Transport):
         return None
 
     def _shake_hands(self, monitor: zmq.Socket[bytes], deadline_ns: int) -> bool:
-        poll = select.poll()
-        poll.register(monitor.fileno(), select.POLLIN)
+        poll = zmq.Poller()
+        poll.register(monitor, zmq.POLLIN)
         while True:
             for number, value in events_of(monitor):
                 if number == zmq.EVENT_CONNECTED:

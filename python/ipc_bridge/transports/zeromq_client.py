@@ -81,9 +81,9 @@ class DealerStream(Stream):
         self._gone = False  # the server: no more will come than what is here
         self._ended = False
         self._interrupted = False
-        self._poll = select.poll()
-        self._poll.register(dealer.fileno(), select.POLLIN)
-        self._poll.register(monitor.fileno(), select.POLLIN)
+        self._poll = zmq.Poller()  # (C++ sleeps in ppoll(2), which counts in nanoseconds)
+        self._poll.register(dealer, zmq.POLLIN)
+        self._poll.register(monitor, zmq.POLLIN)
         self._epoll: select.epoll | None = None
 
     def try_read(self, buffer: memoryview) -> int:
@@ -96,7 +96,7 @@ class DealerStream(Stream):
         return size
 
     def read(self, buffer: memoryview, deadline_ns: int) -> int:
-        """Wait in zmq_recv(3), which is quickest, then in poll(2), which also sees the monitor."""
+        """Wait in zmq_recv(3), which is quickest, then in zmq_poll(3): it also sees the monitor."""
         if self._rest is None and is_far(deadline_ns):
             count = self._receive(buffer, WAIT)
             if count != WOULD_BLOCK:
@@ -128,7 +128,7 @@ class DealerStream(Stream):
     def _end_if_gone(self, buffer: memoryview) -> int:
         if self._interrupted:
             return END
-        if not self._gone and self._poll.poll(0):
+        if not self._gone:
             self._look_at_monitor()
             if self._gone:  # what came before that is here now
                 self._woken = True
@@ -189,6 +189,5 @@ class DealerStream(Stream):
         CLIENTS.close(self._dealer)
 
     def _look_at_monitor(self) -> None:
-        """(Only this call touches the monitor's socket: its descriptor tells the truth.)"""
         for number, _ in events_of(self._monitor):
             self._gone = self._gone or number == zmq.EVENT_DISCONNECTED

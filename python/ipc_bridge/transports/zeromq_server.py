@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import os
-import select
 import socket
 import threading
 from collections import deque
@@ -194,11 +193,11 @@ class RouterHub(Hub):
         self._thread: threading.Thread | None = None
         self._outbox: deque[tuple[RouterStream, list[bytes]]] = deque()  # of threads
         self._arrived = threading.Condition(self.lock)
-        self._poll = select.poll()
-        for fd in (router.fileno(), monitor.fileno(), self._wakeup.fileno()):
-            self._poll.register(fd, select.POLLIN)
+        self._poll = zmq.Poller()
+        for one in (router, monitor, self._wakeup.fileno()):
+            self._poll.register(one, zmq.POLLIN)
         if checker is not None:
-            self._poll.register(checker.socket.fileno(), select.POLLIN)
+            self._poll.register(checker.socket, zmq.POLLIN)
         self._look_around()
 
     # --- one thread for all ---

@@ -9,7 +9,7 @@ from zmq.utils.monitor import parse_monitor_message
 from ipc_bridge.system import NEVER, Buffer, now_ns
 
 SOCKETS_MAX = 65_535  # of a context; a client takes three, and the default is 1023
-RECEIVE_MS = 5  # in zmq_recv(3) before poll(2): most messages come by then, and it is one call
+RECEIVE_MS = 5  # in zmq_recv(3) before zmq_poll(3): most messages come by then, and it is one call
 REFERENCE_BYTES_MIN = 64 << 10  # below, a copy is cheaper than to tell when it was sent
 UNSENT_BYTES_MAX = 4 << 20  # that libzmq holds for a peer; beyond, nothing is taken for it
 MARK_BYTES = 256 << 10  # so often it is asked to tell when it has sent what it holds
