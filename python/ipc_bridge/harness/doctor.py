@@ -30,7 +30,7 @@ JOURNAL = re.compile(r"\.keys-[0-9a-f]{8}$")
 SHM = Path("/dev/shm")
 RING_BYTES = 2 * 16 * (64 + 16384)  # of the bare shm_ring, which has no other mark
 CLIENTS = 256  # what a server takes by default: the limits should not bite earlier
-SHM_BYTES_EACH = 768 << 10  # of memory for a client of the shared-memory transports
+SHM_BYTES_EACH = 2304 << 10  # of memory for a client of the shared-memory transports
 SEND_BUFFER_BYTES = 512 << 10  # what unix asks for; the kernel doubles it
 TOOLS = {  # and what each is for
     "cmake": "building the C++ programs",
