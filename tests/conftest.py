@@ -14,8 +14,8 @@ import pytest
 
 import support
 from hosts import HOSTS, SEEN_S, Host
-from ipc_bridge import connect
-from peer_support import served
+from ipc_bridge import connect, make_service
+from peer_support import OWN_STREAM, OWN_UNARY, served, serving_own
 from probe_support import Peers
 from processes import children, enter_private_ipc, fds, open_fds, sysv_objects, threads
 from support import PAIRINGS, SLOW, TRANSPORTS, listen_url, until, wait_until
@@ -120,3 +120,19 @@ def host(shared: Host, nothing_left: None) -> Iterator[Host]:
     back = until(lambda: fds(shared.pid) <= before[0] and threads(shared.pid) <= before[1], SEEN_S)
     now = (fds(shared.pid), threads(shared.pid))
     assert back, f"fds and threads of the server were {before}, are {now}"
+
+
+@pytest.fixture
+def url(runtime: Path) -> str:
+    """An address that nobody serves yet."""
+    return f"unix://{runtime}/s"
+
+
+@pytest.fixture
+def served_url(url: str) -> Iterator[str]:
+    """Echo and stream, and the tests' own methods, at an address."""
+    service = make_service()
+    service.unary(OWN_UNARY, lambda call, request: bytes(request) + b"!")
+    service.streaming(OWN_STREAM, lambda call, request: [b"a", b"bc"])
+    with serving_own(url, service) as at:
+        yield at

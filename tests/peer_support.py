@@ -17,12 +17,23 @@ from typing import Any, NamedTuple
 import pytest
 
 import ipc_bridge
-from support import ANSWER_S, BUILD, EXIT_S, READY_S, SLOW
+from support import ANSWER_S, BUILD, EXIT_S, LANGUAGES, READY_S, SLOW
 
 Environment = Mapping[str, str]
 GONE_S = 2.0 * SLOW  # within which an interrupted program must have left
 TIMEOUT_S = 20.0 * SLOW  # for a program that should have ended long ago
 NOBODY = 65534
+OWN_UNARY, OWN_STREAM = 7, 8  # methods of the service of `served_url`, beside echo and stream
+
+REQUIRED = {  # the least that a command needs
+    "serve": [],
+    "echo": ["--payload", "x"],
+    "stream": ["--count", "1", "--size", "1"],
+    "bench": ["--op", "echo", "--size", "1", "--duration", "1"],
+}
+
+each_language = pytest.mark.parametrize("language", LANGUAGES)
+each_server = pytest.mark.parametrize("server", LANGUAGES)
 
 PEER = BUILD / "ipc-bridge-peer"
 AS_NOBODY = f"""
@@ -203,3 +214,9 @@ def serving_own(url: str, service: ipc_bridge.Service) -> Iterator[str]:
 def files(directory: Path) -> list[str]:
     """What is in a directory."""
     return sorted(os.listdir(directory))
+
+
+def failed(outcome: Outcome) -> tuple[int, str]:
+    """Code and text of a peer that failed, and printed nothing else."""
+    assert outcome.out == b""
+    return outcome.code, outcome.err
