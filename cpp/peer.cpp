@@ -149,9 +149,6 @@ int run_serve(const Arguments& arguments) {
     options.payload_bytes_max = arguments.payload_bytes_max;
     std::unique_ptr<Callee> running;  // outlives the thread of the signals
     StopSignals signals;
-    on_handler_failure = [](const std::string& what) {
-        std::cerr << "ERROR: a handler failed: " + what + "\n";
-    };
     running = serve(arguments.url, make_service(), options);
     signals.watch(*running);
     const ReadyFile ready_file(arguments, running->url);

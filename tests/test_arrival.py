@@ -53,8 +53,21 @@ def test_stale_things_are_reclaimed(
     assert left >= ({"pipe", "lock", "listen"} if scheme == "pipe" else {name, f"{name}.lock"})
     with served(url, successor), connect(url) as bridge:
         assert bytes(bridge.echo(b"second", timeout=5.0)) == b"second"
-    # The directory of a pipe belongs to who made it, and he is dead.
-    assert [path.name for path in tmp_path.rglob("*") if not path.is_dir()] == []
+    assert list(tmp_path.rglob("*")) == []
+
+
+@pytest.mark.parametrize("successor", LANGUAGES)
+@of_servers
+def test_a_directory_that_no_server_has_made_stays(
+    server: str, successor: str, tmp_path: Path
+) -> None:
+    ours = tmp_path / "pipe"
+    ours.mkdir(mode=0o700)
+    with served(f"pipe://{ours}", server) as first:
+        kill(first.process)
+    with served(f"pipe://{ours}", successor):
+        pass
+    assert list(tmp_path.rglob("*")) == [ours]
 
 
 # --- row 20: two servers ---

@@ -199,7 +199,8 @@ def test_without_grpcio_the_rest_works(place: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stderr == ""
-    what = "FAILED_PRECONDITION: grpc is missing: pip install 'ipc-bridge[grpc]', grpc+unix:///x\n"
+    packages = "grpcio grpcio-health-checking grpcio-reflection"
+    what = f"FAILED_PRECONDITION: grpc is missing: pip install {packages}, grpc+unix:///x\n"
     assert done.stdout == what
 
 

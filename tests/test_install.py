@@ -166,5 +166,5 @@ def test_the_tools_say_what_they_lack(missing: str) -> None:
         script + "from ipc_bridge.harness.cli import main; sys.exit(main())",
         check=False,
     )
-    what = f"{missing} is missing: pip install 'ipc-bridge[harness]'"
+    what = f"{missing} is missing: pip install '.[harness]' in the project"
     assert said == f"error: FAILED_PRECONDITION: {what}\n"

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import resource
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -183,6 +184,23 @@ def test_a_failure_that_is_no_error_is_told(
     assert told.exc_info is not None
     assert (told.getMessage(), str(told.exc_info[1])) == ("a handler failed", "a defect")
     caplog.clear()  # a traceback that is kept keeps gRPC's server
+
+
+def test_a_handlers_failure_is_printed_unless_logging_is_set_up(runtime: Path) -> None:
+    program = f"""if True:
+        import threading, ipc_bridge
+        service = ipc_bridge.Service()
+        service.unary(10, lambda call, request: 1 / 0)
+        with ipc_bridge.listen("unix://{runtime}/u", service) as server:
+            threading.Thread(target=server.run).start()
+            with ipc_bridge.dial(server.url) as client:
+                try: client.call(10)
+                except ipc_bridge.CallError as error: print(error.status.name)
+    """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "INTERNAL\n"
+    assert done.stderr.startswith("a handler failed\nTraceback ")
+    assert done.stderr.endswith("ZeroDivisionError: division by zero\n")
 
 
 # --- times ---

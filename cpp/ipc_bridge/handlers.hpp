@@ -11,6 +11,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstdio>
 #include <functional>
 #include <map>
 #include <memory>
@@ -119,10 +120,14 @@ inline std::string reason_text(Status why) {
     }
 }
 
-// Told of whatever a handler threw that is no Error, from any thread; set it before serving. Null,
-// the default: nobody is told but the client. (In Python that is the logger "ipc_bridge", which is
-// as silent until logging is set up.)
-inline void (*on_handler_failure)(const std::string& what) = nullptr;
+inline void print_handler_failure(const std::string& what) {
+    std::fputs(("ERROR: a handler failed: " + what + "\n").c_str(), stderr);
+}
+
+// Told of whatever a handler threw that is no Error, from any thread; set it before serving. Null:
+// nobody is told but the client. (In Python that is the logger "ipc_bridge", which prints to stderr
+// as well until logging is set up.)
+inline void (*on_handler_failure)(const std::string& what) = print_handler_failure;
 
 inline void tell_handler_failure(const std::string& what) {
     if (on_handler_failure != nullptr) {

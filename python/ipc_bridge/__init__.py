@@ -8,8 +8,6 @@ with connect("unix:///tmp/demo.sock") as bridge:
         ...
 """
 
-import logging
-
 from ipc_bridge.endpoint import connect, dial, listen, serve, transport
 from ipc_bridge.errors import CallError, Error, ProtocolError, Status, UsageError
 from ipc_bridge.handlers import Call, Pause, Service
@@ -38,5 +36,3 @@ __all__ = [
     "serve",
     "transport",
 ]
-
-logging.getLogger("ipc_bridge").addHandler(logging.NullHandler())

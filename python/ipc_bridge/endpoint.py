@@ -33,6 +33,7 @@ Options = dict[str, str]
 
 HOST_AND_PORT = re.compile(r"(?:\[([^\[\]]+)\]|([^\[\]:]+)):([0-9]{1,5})", re.DOTALL)
 PORT_MAX = 65535
+GRPC_PACKAGES = "grpcio grpcio-health-checking grpcio-reflection"
 
 
 class Sessions(Protocol):
@@ -170,14 +171,14 @@ def _shm(url: str) -> Transport:
 
 
 def _zmq_ipc(url: str) -> Transport:
-    with _needs("zmq", "zmq", url):
+    with _needs("zmq", "pyzmq", url):
         from ipc_bridge.transports.zeromq import ZmqIpc
     path, options = _path(url, {"wait", "curve"})
     return ZmqIpc(path, _wait(options, url), options.get("curve", ""))
 
 
 def _zmq_tcp(url: str) -> Transport:
-    with _needs("zmq", "zmq", url):
+    with _needs("zmq", "pyzmq", url):
         from ipc_bridge.transports.zeromq import ZmqTcp
     host, port, options = _host(url, {"wait", "curve", "allow_remote"})
     allow_remote = _flag(options, "allow_remote", url)
@@ -231,28 +232,28 @@ def _unquote(text: str) -> str:
 
 def _sysv_queue(url: str) -> Transport:
     # sysv_ipc is an extra ([sysv]), and only these transports need it.
-    with _needs("sysv_ipc", "sysv", url):
+    with _needs("sysv_ipc", "sysv-ipc", url):
         from ipc_bridge.transports.sysv_queue import SysvQueue
     path, options = _path(url, {"wait"})
     return SysvQueue(path, _wait(options, url))
 
 
 def _sysv_shm(url: str) -> Transport:
-    with _needs("sysv_ipc", "sysv", url):
+    with _needs("sysv_ipc", "sysv-ipc", url):
         from ipc_bridge.transports.sysv_shm import SysvShm
     path, options = _path(url, {"wait"})
     return SysvShm(path, _wait(options, url))
 
 
 @contextlib.contextmanager
-def _needs(module: str, extra: str, url: str) -> Iterator[None]:
+def _needs(module: str, package: str, url: str) -> Iterator[None]:
     """Say what to install if an import of a transport's own library fails."""
     try:
         yield
     except ModuleNotFoundError as error:
         if error.name != module:
             raise
-        what = f"{module} is missing: pip install 'ipc-bridge[{extra}]'"
+        what = f"{module} is missing: pip install {package}"
         raise Error(Status.FAILED_PRECONDITION, what, url) from None
 
 
@@ -302,7 +303,7 @@ def _grpc_rpc(url: str) -> Any:
                 "and so does pip install, where protobuf-compiler-grpc is installed"
             )
             raise Error(Status.FAILED_PRECONDITION, what, url) from None
-        what = f"{error.name} is missing: pip install 'ipc-bridge[grpc]'"
+        what = f"{error.name} is missing: pip install {GRPC_PACKAGES}"
         raise Error(Status.FAILED_PRECONDITION, what, url) from None
     except (AttributeError, RuntimeError, TypeError) as error:  # what gencode raises, by its age
         what = f"generated code and installed libraries do not match: {error}".splitlines()[0]

@@ -94,7 +94,7 @@ TEST_CASE("a handler's failure that is no Error is told, to this side as well") 
         thread.join();
         CHECK(told == "a defect\n");
     }
-    on_handler_failure = nullptr;
+    on_handler_failure = print_handler_failure;
 }
 
 TEST_CASE("a closed server does not run") {

@@ -54,6 +54,8 @@ namespace pipe_detail {
 inline constexpr int pipe_bytes = 256 << 10;
 // 16 hex digits and a newline; below PIPE_BUF, so lines never mix.
 inline constexpr std::size_t line_bytes_max = 17;
+// In the lock file: the directory, by a server.
+inline constexpr std::string_view made_mark = "made";
 inline constexpr int open_flags = O_NONBLOCK | O_CLOEXEC | O_NOFOLLOW;
 // For a child to leave by itself at its end-of-file, while whoever closes waits: most do.
 inline constexpr std::int64_t close_waits_ns = 50'000'000;
@@ -96,6 +98,19 @@ inline Fd open_fifo(const std::string& path, int flags) {
         throw Error(Status::PERMISSION_DENIED, "not a FIFO of ours", path);
     }
     return fd;
+}
+
+// Has this server made the directory, or one that died in it? The lock file tells who comes after a
+// crash, and removes it.
+inline bool note_made(const Lock& lock, bool made) {
+    if (made) {
+        [[maybe_unused]] const auto written =
+            ::pwrite(lock.fileno(), made_mark.data(), made_mark.size(), 0);
+        return true;
+    }
+    char mark[made_mark.size()];
+    return ::pread(lock.fileno(), mark, sizeof(mark), 0) == ssize_t{sizeof(mark)} &&
+           std::string_view(mark, sizeof(mark)) == made_mark;
 }
 
 // Remove what a dead server and its clients left; only under the lock, and only ours.
@@ -425,9 +440,10 @@ class Pipe : public Transport {
     }
 
     std::unique_ptr<Listener> listen() override {
-        const bool made = make_private_directory(path_);
+        bool made = make_private_directory(path_);
         try {
             Lock lock(path_ + "/lock");
+            made = pipe_detail::note_made(lock, made);
             pipe_detail::sweep(path_);
             return std::make_unique<PipeListener>(path_, url, wait_, std::move(lock), made);
         } catch (...) {

@@ -16,7 +16,7 @@ from ipc_bridge.harness import programs
 
 def lacking(error: ModuleNotFoundError) -> Error:
     """What to install."""
-    what = f"{error.name} is missing: pip install 'ipc-bridge[harness]'"
+    what = f"{error.name} is missing: pip install '.[harness]' in the project"
     return Error(Status.FAILED_PRECONDITION, what)
 
 

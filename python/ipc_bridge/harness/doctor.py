@@ -27,6 +27,7 @@ KEY_MARK, KEY_MASK = 0x1BC00000, 0xFFF00000  # as in sysv_objects, which needs s
 KEYS_EACH = 4
 KEY = struct.Struct("<I")
 JOURNAL = re.compile(r"\.keys-[0-9a-f]{8}$")
+LOCK_BYTES_MAX = 4  # empty, or "made" in a pipe's
 SHM = Path("/dev/shm")
 RING_BYTES = 2 * 16 * (64 + 16384)  # of the bare shm_ring, which has no other mark
 CLIENTS = 256  # what a server takes by default: the limits should not bite earlier
@@ -144,7 +145,7 @@ def find_tools() -> list[Finding]:
         found.append(Finding("tools", name, path or "missing", advice))
     for name, extra in MODULES.items():
         there = importlib.util.find_spec(name) is not None
-        advice = "" if there else f"pip install 'ipc-bridge[{extra}]'"
+        advice = "" if there else f"pip install '.[{extra}]' in the project"
         found.append(Finding("tools", name, "installed" if there else "missing", advice))
     return found
 
@@ -217,7 +218,7 @@ def find_files(path: Path, used: dict[str, str]) -> list[Finding]:
         return []
     if JOURNAL.search(path.name):
         value, advice = "a dead server's journal", f"start a server at {JOURNAL.sub('', str(path))}"
-    elif address != path and info.st_size == 0 and has_door(address):
+    elif address != path and info.st_size <= LOCK_BYTES_MAX and has_door(address):
         value, advice = "a dead server's lock", f"start a server there, or rm {lock} {address}"
     elif path.parent == SHM and info.st_size == RING_BYTES:
         value, advice = "a ring of the bare shm_ring", f"rm {path}"

@@ -40,12 +40,7 @@ TITLES = {"cpp": "C++", "py": "Python"}
 TOPS = {"cpp": "cpp", "py": "python"}
 NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
 TAKEN = {SERVICE, "transports", "tests", "std", "rounds"}  # names that mean something else there
-INIT = f'''"""The library: how bytes travel. Leave it as it is; the service is in {SERVICE}/."""
-
-import logging
-
-logging.getLogger("{PACKAGE}").addHandler(logging.NullHandler())
-'''
+INIT = f'"""The library: how bytes travel. Leave it as it is; the service is in {SERVICE}/."""\n'
 
 Files = dict[str, str]  # path in the new project: text
 

@@ -53,6 +53,7 @@ from ipc_bridge.system import (
 PIPE_BYTES = 256 << 10  # of each pipe; with 100 clients still below pipe-user-pages-soft, pipe(7)
 LINE_BYTES_MAX = 17  # 16 hex digits and a newline; below PIPE_BUF, so lines never mix
 NAME = re.compile(r"[0-9a-f]{16}")
+MADE = b"made"  # in the lock file: the directory, by a server
 PAIR = re.compile(r"[0-9a-f]{16}\.(c2s|s2c)")
 OPEN = os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW
 # For a child to leave by itself at its end-of-file, while whoever closes waits: most do.
@@ -287,6 +288,7 @@ class Pipe(Transport):
                 os.rmdir(self.path)
             raise
         try:
+            made = _note_made(lock, made)
             _sweep(self.path)
             return PipeListener(self.path, self.url, self._wait, lock, made)
         except BaseException:
@@ -355,6 +357,15 @@ def _open_fifo(path: str, flags: int) -> int:
         os.close(fd)
         raise Error(Status.PERMISSION_DENIED, "not a FIFO of ours", path)
     return fd
+
+
+def _note_made(lock: Lock, made: bool) -> bool:
+    """Has this server made the directory, or one that died in it? The lock file tells who comes
+    after a crash, and removes it."""
+    if made:
+        with contextlib.suppress(OSError):
+            os.pwrite(lock.fileno(), MADE, 0)
+    return made or os.pread(lock.fileno(), len(MADE), 0) == MADE
 
 
 def _sweep(path: str) -> None:
