@@ -80,7 +80,17 @@ from ipc_bridge.harness.curve_keys import make_keys  # noqa: E402
 from peer_support import GONE_S, NOBODY, client, peer, run_client, served  # noqa: E402
 from probe_support import Client, Server  # noqa: E402
 from processes import cpu_s, fds, rss_bytes, sleeps, status_field, stopped  # noqa: E402
-from support import LANGUAGES, MIB, READY_S, SANITIZED, Exit, read_line, until  # noqa: E402
+from support import (  # noqa: E402
+    ANSWER_S,
+    LANGUAGES,
+    MIB,
+    READY_S,
+    SANITIZED,
+    Exit,
+    check_late,
+    read_line,
+    until,
+)
 
 SCHEMES = ("zmq+ipc", "zmq+tcp")
 of_servers = pytest.mark.parametrize("server", LANGUAGES)
@@ -375,6 +385,47 @@ def test_a_python_client_is_interrupted(tmp_path: Path) -> None:
             assert until(lambda: sleeps(process.pid))
             process.send_signal(signal.SIGINT)
             assert process.wait(5) == 7
+
+
+INTERRUPTED = """
+import signal, sys, time, ipc_bridge
+signal.signal(signal.SIGALRM, lambda number, at: None)
+with ipc_bridge.connect(sys.argv[1]) as bridge:
+    print("connected", flush=True)
+    for line in sys.stdin:
+        signal.setitimer(signal.ITIMER_REAL, float(line), float(line))
+        began = time.monotonic()
+        try:
+            bridge.echo(b"x", timeout=0.4)
+        except ipc_bridge.CallError as error:
+            print(error.status.name, time.monotonic() - began, flush=True)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+"""
+
+
+@pytest.mark.parametrize("every_s", [0.001, 0.15])
+def test_a_deadline_holds_while_signals_come(every_s: float, tmp_path: Path) -> None:
+    """Row 28: pyzmq repeats what they interrupt, in its own time."""
+    with served(address("zmq+ipc", tmp_path), "cpp") as up:
+        words = [sys.executable, "-c", INTERRUPTED, up.url]
+        with subprocess.Popen(
+            words, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        ) as process:
+
+            def expire() -> float:
+                assert process.stdin is not None
+                process.stdin.write(f"{every_s}\n".encode())
+                status, took_s = read_line(process, ANSWER_S).split()
+                assert status == "DEADLINE_EXCEEDED"
+                return float(took_s)
+
+            try:
+                assert read_line(process, READY_S) == "connected\n"
+                with stopped(up.pid):
+                    for _ in range(3):
+                        check_late(0.4, expire)
+            finally:
+                process.kill()
 
 
 def test_a_fork_of_a_connected_client(tmp_path: Path) -> None:

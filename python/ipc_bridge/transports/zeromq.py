@@ -20,8 +20,9 @@ The traps, all of one kind: ZeroMQ hides what happens to a connection.
 - Whose connection has ended? The monitor names a descriptor, and so does a client's first message.
 - ZMQ_FD says that something may have changed, once: whoever sleeps on it looks at EVENTS before,
   after his last call to the socket. A zmq_recv(3) that waits does all that in one call, but sees
-  no monitor, and pyzmq repeats it after a signal, with its whole timeout: so it is short, and a
-  handler of signals that runs every few milliseconds puts off the news of a peer's death.
+  no monitor, and pyzmq repeats it after a signal, with its whole timeout: so it is short, and not
+  done while a timer of setitimer(2) runs; other signals that come every few milliseconds put off
+  deadlines, and the news of a peer's death. (C++ comes back from each.)
 - A second bind takes an ipc path over without a word: hence the lock, and a socket bound by us.
 
 Copy with it: zeromq_socket, zeromq_curve, zeromq_client, zeromq_server, errors, system,
@@ -54,7 +55,13 @@ from ipc_bridge.transports.unix_address import LATER, UnixAddress
 from ipc_bridge.transports.zeromq_client import CLIENTS, DealerStream
 from ipc_bridge.transports.zeromq_curve import CurveKeys, KeyChecker
 from ipc_bridge.transports.zeromq_server import RouterHub
-from ipc_bridge.transports.zeromq_socket import RECEIVE_MS, SOCKETS_MAX, close_monitor, events_of
+from ipc_bridge.transports.zeromq_socket import (
+    RECEIVE_MS,
+    SOCKETS_MAX,
+    Poller,
+    close_monitor,
+    events_of,
+)
 
 RECONNECT_IVL_MS = (1 << 31) - 1  # 24 days: never; see above
 HANDSHAKE_IVL_MS = 5_000  # who says no ZMTP greeting in this time is a stranger, and hung up on
@@ -120,7 +127,7 @@ class Zmq(Transport):
         return None
 
     def _shake_hands(self, monitor: zmq.Socket[bytes], deadline_ns: int) -> bool:
-        poll = zmq.Poller()
+        poll = Poller()
         poll.register(monitor, zmq.POLLIN)
         while True:
             for number, value in events_of(monitor):

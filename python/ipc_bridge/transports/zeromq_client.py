@@ -22,6 +22,7 @@ from ipc_bridge.transports.zeromq_socket import (
     SOCKETS_MAX,
     UNSENT_LOOK_NS,
     WAIT,
+    Poller,
     Unsent,
     close_monitor,
     events_of,
@@ -81,7 +82,7 @@ class DealerStream(Stream):
         self._gone = False  # the server: no more will come than what is here
         self._ended = False
         self._interrupted = False
-        self._poll = zmq.Poller()  # (C++ sleeps in ppoll(2), which counts in nanoseconds)
+        self._poll = Poller()  # (C++ sleeps in ppoll(2), which counts in nanoseconds)
         self._poll.register(dealer, zmq.POLLIN)
         self._poll.register(monitor, zmq.POLLIN)
         self._epoll: select.epoll | None = None

@@ -30,6 +30,7 @@ from ipc_bridge.transports.zeromq_socket import (
     NOBLOCK,
     UNSENT_LOOK_NS,
     WAIT,
+    Poller,
     Unsent,
     close_monitor,
     events_of,
@@ -193,7 +194,7 @@ class RouterHub(Hub):
         self._thread: threading.Thread | None = None
         self._outbox: deque[tuple[RouterStream, list[bytes]]] = deque()  # of threads
         self._arrived = threading.Condition(self.lock)
-        self._poll = zmq.Poller()
+        self._poll = Poller()
         for one in (router, monitor, self._wakeup.fileno()):
             self._poll.register(one, zmq.POLLIN)
         if checker is not None:

@@ -1,7 +1,10 @@
 """What ZeroMQ's sockets need at both ends: to receive, to send, and to be told of events."""
 
+import select
+import signal
 from collections import deque
 from collections.abc import Sequence
+from typing import Any
 
 import zmq
 from zmq.utils.monitor import parse_monitor_message
@@ -19,8 +22,35 @@ WAIT = 0  # of a receive: for RECEIVE_MS
 POLLIN = int(zmq.POLLIN)
 
 
+class Poller(zmq.Poller):
+    """zmq.Poller, but in time: pyzmq repeats what a signal interrupts by a clock of whole seconds,
+    and may be one late. So whoever has a deadline sleeps in poll(2), on the sockets' descriptors.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._fds = select.poll()
+
+    def register(self, socket: Any, flags: int = POLLIN) -> None:
+        """For input only: a descriptor tells nothing else."""
+        super().register(socket, flags)
+        self._fds.register(socket, select.POLLIN)
+
+    def poll(self, timeout: int | None = None) -> list[tuple[Any, int]]:
+        """As zmq.Poller; [] may come early. (That looks at EVENTS, before and after.)"""
+        if timeout is None:
+            return super().poll()
+        found = super().poll(0)
+        if found or timeout == 0 or not self._fds.poll(timeout):
+            return found
+        return super().poll(0)
+
+
 def is_far(deadline_ns: int) -> bool:
-    """Is there time to wait in zmq_recv(3)?"""
+    """Is there time to wait in zmq_recv(3)? Not while a timer (setitimer(2)) runs: its signals
+    might prolong that for ever."""
+    if signal.getitimer(signal.ITIMER_REAL)[1]:
+        return False
     return deadline_ns == NEVER or deadline_ns - now_ns() > RECEIVE_MS * 1_000_000
 
 
