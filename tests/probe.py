@@ -1,6 +1,6 @@
 """The conformance peer, server or client; its C++ twin is tests/cpp/probe.cpp.
 
-    probe serve URL [--window N] [--max-payload N] [--clients-max N]
+    probe serve URL [--window N] [--max-payload N] [--clients-max N] [--claims-not-to-block]
     probe run URL [--window N] [--max-payload N]
 
 `serve` offers echo, stream, and methods that misbehave or tell how the server is. `run` is a client
@@ -125,9 +125,11 @@ def stop_at(signals: Signals, server: Callee) -> None:
 
 def run_server(arguments: argparse.Namespace) -> int:
     signals = Signals(signal.SIGTERM)
+    service = probe_service()
+    service.blocks = not arguments.claims_not_to_block
     with serve(
         arguments.url,
-        probe_service(),
+        service,
         window_bytes=arguments.window,
         payload_bytes_max=arguments.max_payload,
         clients_max=arguments.clients_max,
@@ -324,6 +326,7 @@ def main() -> int:
     parser.add_argument("--window", type=int, default=WINDOW_BYTES_DEFAULT)
     parser.add_argument("--max-payload", type=int, default=PAYLOAD_BYTES_MAX)
     parser.add_argument("--clients-max", type=int, default=CLIENTS_MAX_DEFAULT)
+    parser.add_argument("--claims-not-to-block", action="store_true")
     arguments = parser.parse_args()
     if os.environ.get("PROBE_ALARM"):
         pester()

@@ -4,13 +4,16 @@ import contextlib
 import os
 import resource
 import socket
+import struct
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
+import grpc
 import pytest
 
 from grpc_support import (
@@ -21,10 +24,12 @@ from grpc_support import (
     of_servers,
 )
 from ipc_bridge import CallError, Status, connect
+from ipc_bridge.bridge_pb2 import CallRequest
+from ipc_bridge.bridge_pb2_grpc import BridgeStub
 from peer_support import client, ended, kill, run_client, served
-from probe_support import SMALL, elapsed, of_each_language
+from probe_support import SMALL, Client, Server, elapsed, of_each_language
 from processes import cpu_s, fds, status_field, stopped
-from support import LANGUAGES, MIB, Exit, check_late, fixed_url, until
+from support import ANSWER_S, LANGUAGES, MIB, Exit, check_late, fixed_url, until, wait_until
 
 # --- starting and ending ---
 
@@ -111,6 +116,30 @@ def test_the_client_is_killed_in_mid_stream(
             assert until(lambda: fds(up.pid) <= before, SEEN_S)
         assert until(lambda: rests(up.pid), 2 * SEEN_S), "the handler goes on"
         assert bytes(control.echo(b"after", timeout=SEEN_S)) == b"after"
+
+
+@of_servers
+@pytest.mark.parametrize("options", [(), ("--claims-not-to-block",)])
+@pytest.mark.parametrize("end", ["cancel", "kill"])
+def test_a_sleeping_handler_learns_of_its_clients_end(
+    end: str, options: tuple[str, ...], server: str, place: Path
+) -> None:
+    """Rows 11 and 15: also in C++, where it sleeps in gRPC's own thread."""
+    with Server(server, address("grpc+unix", place), *options) as up, ExitStack() as stack:
+        control = stack.enter_context(Client("py", up.url))
+        if end == "kill":
+            victim = Client("py", up.url)
+            stack.callback(victim.kill)
+            victim.send(op="call", method=11, seconds=60.0)
+            leave: Callable[[], object] = victim.kill
+        else:
+            channel = stack.enter_context(grpc.insecure_channel(f"unix:{place}/g"))
+            request = CallRequest(method=11, payload=struct.pack("<d", 60.0))
+            leave = BridgeStub(channel).Call.future(request).cancel
+        wait_until(lambda: control.number(14) == 1, ANSWER_S, "the handler has begun")
+        leave()
+        wait_until(lambda: control.number(18) == 1, SEEN_S, "it has ended")
+        assert control.number(14) == 0
 
 
 def test_a_call_without_a_thread_is_refused(place: Path) -> None:

@@ -1,6 +1,6 @@
 // The conformance peer, server or client; its Python twin is tests/probe.py.
 //
-//     probe serve URL [--window N] [--max-payload N] [--clients-max N]
+//     probe serve URL [--window N] [--max-payload N] [--clients-max N] [--claims-not-to-block]
 //     probe run URL [--window N] [--max-payload N]
 //
 // `serve` offers echo, stream, and methods that misbehave or tell how the server is. `run` is a
@@ -50,6 +50,7 @@ struct Arguments {
     std::uint32_t window = window_bytes_default;
     std::uint32_t max_payload = frame::payload_bytes_max;
     std::size_t clients_max = clients_max_default;
+    bool claims_not_to_block = false;  // all handlers, also those that do
 };
 
 // --- the server ---
@@ -142,7 +143,9 @@ int run_server(const Arguments& arguments) {
     options.window_bytes = arguments.window;
     options.payload_bytes_max = arguments.max_payload;
     options.clients_max = arguments.clients_max;
-    const auto server = serve(arguments.url, probe_service(), options);
+    Service service = probe_service();
+    service.blocks = !arguments.claims_not_to_block;
+    const auto server = serve(arguments.url, std::move(service), options);
     running = server.get();
     signal(SIGTERM, [](int) { running->stop(); });
     if (!server->url.starts_with("stdio:")) {
@@ -420,6 +423,7 @@ int main(int argc, char** argv) {
     parser.add_option("--window", arguments.window);
     parser.add_option("--max-payload", arguments.max_payload);
     parser.add_option("--clients-max", arguments.clients_max);
+    parser.add_flag("--claims-not-to-block", arguments.claims_not_to_block);
     CLI11_PARSE(parser, argc, argv);
     if (std::getenv("PROBE_ALARM") != nullptr) {
         pester();

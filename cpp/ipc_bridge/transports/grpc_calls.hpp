@@ -37,6 +37,8 @@ inline constexpr std::size_t queue_bytes_max = 128U << 10;
 inline constexpr std::int64_t make_ns_max = 50'000;
 // What an item costs there beside its payload.
 inline constexpr std::size_t item_extra_bytes = 64;
+// So often a handler that sleeps in gRPC's thread asks whether its client is still there.
+inline constexpr std::int64_t client_look_ns = 50'000'000;
 
 inline std::chrono::steady_clock::time_point time_point_of(std::int64_t ns) {
     return std::chrono::steady_clock::time_point(std::chrono::nanoseconds(ns));
@@ -66,11 +68,22 @@ class RpcCall : public Call {
 
     std::mutex mutex;
     std::condition_variable changed;
+    // Its handler runs in gRPC's thread, which tells a reactor of the client's end only after that:
+    // who wants to know meanwhile asks.
+    bool is_inline = false;
 
-    // (Asks gRPC as well: it tells no reactor of ours where the handler runs in its thread.)
     bool is_cancelled() override { return reason() != Status::OK || context_.IsCancelled(); }
 
-    void sleep(double seconds) override { sleep_until(deadline_after(seconds)); }
+    void sleep(double seconds) override {
+        const std::int64_t until_ns = std::min(deadline_after(seconds), deadline_ns);
+        while (is_inline && now_ns() + client_look_ns < until_ns) {
+            sleep_until(now_ns() + client_look_ns);
+            if (is_cancelled()) {
+                return;
+            }
+        }
+        sleep_until(until_ns);
+    }
 
     void sleep_until(std::int64_t until_ns) {
         std::unique_lock lock(mutex);
@@ -237,6 +250,7 @@ class Unary : public grpc::ServerUnaryReactor {
         if (!shared_.enter(call_)) {
             Finish(shared_.full());
         } else if (shared_.take_inline()) {
+            call_.is_inline = true;
             const grpc::Status status = answer(shared_, call_, question_);
             shared_.give_inline();
             end(status);
@@ -275,6 +289,7 @@ inline grpc::ServerUnaryReactor* answer_now(
     Shared& shared, grpc::CallbackServerContext& context, const Question& question
 ) {
     RpcCall call(context);
+    call.is_inline = true;
     grpc::ServerUnaryReactor* reactor = context.DefaultReactor();
     if (shared.enter(call)) {
         const grpc::Status status = answer(shared, call, question);
@@ -307,6 +322,7 @@ class Streaming : public grpc::ServerWriteReactor<StreamItem> {
         } else if (has_thread_) {
             start_thread();
         } else {
+            call_.is_inline = true;
             make_and_write();
         }
     }
