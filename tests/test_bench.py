@@ -22,7 +22,7 @@ from ipc_bridge import load
 from ipc_bridge.endpoint import SCHEMES
 from ipc_bridge.errors import Error
 from ipc_bridge.harness import environment, overhead, programs, results, statistics
-from ipc_bridge.harness.bench import choose, measure, overloads
+from ipc_bridge.harness.bench import choose, chosen_axes, measure, overloads
 from ipc_bridge.harness.matrix import (
     PROFILES,
     Axes,
@@ -487,6 +487,31 @@ def test_a_directory_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
     assert re.fullmatch(rf"error: [A-Z_]+: mkdir[^\n]*, {tmp_path}/file\n", done.stderr)
 
 
+@pytest.mark.parametrize(
+    ("url", "wait"),
+    [
+        ("unix:///s?wait=spin", "spin"),
+        ("unix:///s", "adaptive"),
+        ("zmq+ipc:///s", "block"),
+        ("stdio:?wait=spin peer serve stdio:?wait=block", "spin"),
+        ("stdio:peer serve stdio:?wait=block", "adaptive"),
+    ],
+)
+def test_a_url_says_how_its_cells_wait(url: str, wait: str) -> None:
+    """The query of stdio stands before the command, whose words are not its own."""
+    assert chosen_axes({}, {"elsewhere": [url]}, url)["wait"] == [wait]
+
+
+def test_samples_that_cannot_be_written_are_an_error(tmp_path: Path) -> None:
+    """Without a traceback, whose exit code would say that a cell has failed."""
+    (tmp_path / "samples.npz").symlink_to("/dev/full")
+    words = ["--transport", "unix", "--pairing", "cpp-cpp", "--op", "echo", *TINY]
+    done = run("bench", *words, "--out", str(tmp_path))
+    assert done.returncode == Exit.RESOURCE_EXHAUSTED
+    what = "error: RESOURCE_EXHAUSTED: write: No space left on device"
+    assert done.stderr == f"{what}, {tmp_path}/samples.npz\n"
+
+
 def test_a_reader_may_leave_early() -> None:
     """As `| head -1` does."""
     reader, writer = os.pipe()
@@ -534,6 +559,7 @@ def test_the_rounds_that_a_budget_allows_are_known_after_the_first() -> None:
             "--connect unix:///s --pairing cpp-cpp",
             "'cpp-cpp' is unknown; known are cpp-elsewhere, py-elsewhere",
         ),
+        ("--connect unix:///s?wait=long", "wait is block, spin or adaptive, --connect"),
         ("--connect unix:///s --wait spin", "this option goes without --connect, --wait"),
         ("--connect unix:///s --placement free", "goes without --connect, --placement"),
         ("--connect unix:///s --transport tcp", "goes without --connect, --transport"),
@@ -560,8 +586,15 @@ def test_a_document_that_is_none_is_refused(tmp_path: Path) -> None:
     path.write_text("{")
     with pytest.raises(Error, match="INVALID_ARGUMENT: no JSON"):
         results.load(tmp_path)
-    path.write_text('{"format": 2}')
+    path.write_text("[" * 100_000)
+    with pytest.raises(Error, match="INVALID_ARGUMENT: no JSON"):
+        results.load(tmp_path)
+    path.write_text('{"format": 1}')
     with pytest.raises(Error, match="INVALID_ARGUMENT: not the results of a run"):
+        results.load(tmp_path)
+    path.write_text('{"format": 2}')
+    what = "INVALID_ARGUMENT: results of another version: format 2, and this one reads 1"
+    with pytest.raises(Error, match=what):
         results.load(tmp_path)
 
 

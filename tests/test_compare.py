@@ -2,6 +2,9 @@
 
 import copy
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -187,6 +190,43 @@ def test_each_verdict_has_its_exit_code(
         (cell,) = (cell for cell in found["cells"] if cell["verdict"] == "regressed")
         assert cell["cell"] == SLOWED
         assert 0.25 < cell["change"]["low"] < cell["change"]["high"] < 0.35
+
+
+@pytest.mark.parametrize("words", [[], ["--json"]], ids=["table", "json"])
+@pytest.mark.parametrize(("new", "code"), [("same", 0), ("noisy", 3)])
+def test_the_verdict_stays_when_its_reader_leaves(
+    new: str, code: int, words: list[str], runs: dict[str, str]
+) -> None:
+    """1 would be an alarm."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "ipc_bridge.harness.cli", "compare", runs["old"], runs[new]]
+    with os.fdopen(writer) as out:
+        done = subprocess.run([*command, *words], stdout=out, stderr=subprocess.PIPE, check=False)
+    assert (done.returncode, done.stderr) == (code, b"")
+
+
+def test_a_fault_of_its_own_is_no_verdict(runs: dict[str, str]) -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "ipc_bridge.harness.cli", "compare"]
+        words = [runs["old"], runs["same"]]
+        done = subprocess.run([*command, *words], stdout=full, stderr=subprocess.PIPE, check=False)
+    assert done.returncode == 18
+    assert done.stderr == b"error: RESOURCE_EXHAUSTED: write: No space left on device, stdout\n"
+    fault = "from ipc_bridge.harness import programs; exit(programs.main(lambda _: {}['none']))"
+    done = subprocess.run([sys.executable, "-c", fault], stderr=subprocess.PIPE, check=False)
+    assert done.returncode == 23
+    assert done.stderr.endswith(b"KeyError: 'none'\n")
+
+
+def test_junit_of_whatever_a_program_said_is_xml(runs: dict[str, str], tmp_path: Path) -> None:
+    document = results.load(Path(runs["broken"]))
+    document["cells"][0]["failure"] = "\x1b[31merror\x1b[0m: \x00\ufffe\nmore"
+    junit = tmp_path / "junit.xml"
+    new = str(saved(tmp_path / "coloured", document))
+    assert call("compare", runs["old"], new, "--junit", str(junit)).returncode == 4
+    errors = ElementTree.parse(junit).getroot().iter("error")
+    assert [one.attrib["message"] for one in errors] == ["?[31merror?[0m: ??\nmore"]
 
 
 def test_the_table_names_the_worst_first(runs: dict[str, str]) -> None:

@@ -282,8 +282,8 @@ def test_a_directory_that_cannot_be_is_an_error(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()
     done = call("report", saved(tmp_path), "-o", str(file))
-    assert (done.returncode, done.stdout) == (17, "")
-    assert done.stderr == f"error: PERMISSION_DENIED: File exists, {file}\n"
+    assert (done.returncode, done.stdout) == (16, "")
+    assert done.stderr == f"error: ALREADY_EXISTS: write: File exists, {file}\n"
 
 
 def recommended(tmp_path: Path, *words: str) -> list[dict[str, str]]:
@@ -301,6 +301,20 @@ def test_recommend_ranks_what_fits(tmp_path: Path) -> None:
     assert "us of CPU for a call" in found[0]["reason"]
     across = recommended(tmp_path, "--across-hosts", "--pattern", "stream")
     assert [(one["transport"], one["place"]) for one in across] == [("tcp", "1")]
+
+
+def test_recommend_looks_where_something_fits() -> None:
+    """ZeroMQ does not spin, and the setting that was measured first has none that fits."""
+    cells = {
+        Cell(transport, "cpp", "cpp", "echo", 64, wait, "cross-core"): [
+            echo_round(number, 2e4) for number in range(1, 6)
+        ]
+        for transport, wait in (("unix", "spin"), ("unix", "block"), ("zmq+tcp", "block"))
+    }
+    wanted = Wanted("echo", 64, ("cpp", "cpp"), across_hosts=True)
+    group, choices = recommend_from(made(cells, {}), wanted)
+    assert group.cell.wait == "block"
+    assert [one.transport for one in choices] == ["zmq+tcp"]
 
 
 def test_recommend_says_what_the_run_lacks(tmp_path: Path) -> None:

@@ -216,11 +216,20 @@ def chosen_axes(
         scheme, _, rest = connect.partition(":")
         if scheme not in SCHEMES:
             raise CommandLineError(f"unknown scheme; known are {', '.join(SCHEMES)}", "--connect")
-        query = rest.partition("?")[2]
-        waits = [word.removeprefix("wait=") for word in query.split("&") if "wait=" in word]
-        waits = waits or [traits(scheme).waits[-1]]  # what a server does unless told otherwise
-        found |= {"transport": [scheme], "placement": ["free"], "wait": waits}
+        wait = wait_of(scheme, rest)
+        if wait not in WAITS:
+            raise CommandLineError("wait is block, spin or adaptive", "--connect")
+        found |= {"transport": [scheme], "placement": ["free"], "wait": [wait]}
     return found
+
+
+def wait_of(scheme: str, rest: str) -> str:
+    """As a URL says; else what a peer does unless told otherwise."""
+    query = rest.partition("?")[2]
+    if scheme == "stdio":  # before the command, whose words may hold any character
+        query = rest.partition(" ")[0][1:] if rest.startswith("?") else ""
+    waits = [word.removeprefix("wait=") for word in query.split("&") if word.startswith("wait=")]
+    return waits[-1] if waits else traits(scheme).waits[-1]
 
 
 def choose(

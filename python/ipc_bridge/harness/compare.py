@@ -34,6 +34,7 @@ from ipc_bridge.harness.results import Document, load, newest
 from ipc_bridge.harness.runner import Plan
 from ipc_bridge.harness.statistics import ROUNDS_MIN, Shift, above_test, holm, shift
 from ipc_bridge.harness.table import Entry, cell_of, main_figure
+from ipc_bridge.system import checked
 
 EXIT_REGRESSED = 1
 EXIT_INCONCLUSIVE = 3
@@ -324,7 +325,8 @@ def show(console: Console, found: Sequence[Judged], old: Document, new: Document
     bad = sorted(found, key=lambda one: (order[one.verdict], -(one.change or (0,))[0]))
     table = Table(box=box.SIMPLE, pad_edge=False)
     for name in ("verdict", "cell", "metric", "change", "interval", "limit"):
-        table.add_column(name, no_wrap=True, justify="left" if name in "verdict cell" else "right")
+        is_text = name in ("verdict", "cell")  # where it is narrow, the cell's name has more lines
+        table.add_column(name, no_wrap=name != "cell", justify="left" if is_text else "right")
     for one in bad:
         if one.change:
             change, low, high = map(percent, one.change)
@@ -373,9 +375,7 @@ def write_junit(path: Path, found: Sequence[Judged]) -> None:
             if one.change:
                 change, low, high = map(percent, one.change)
                 text = f"{change} ({low} to {high}), limit {percent(one.limit)}"
-            ElementTree.SubElement(case, kinds[one.verdict], message=text)
-    try:
+            text = "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)
+            ElementTree.SubElement(case, kinds[one.verdict], message=text)  # XML has no controls
+    with checked("write", path):
         ElementTree.ElementTree(suite).write(path, encoding="utf-8", xml_declaration=True)
-    except OSError as error:
-        what = error.strerror or "write"
-        raise Error(Status.PERMISSION_DENIED, what, str(path)) from None

@@ -6,6 +6,7 @@ what it started in order, each by its id. A server is ready when it prints its l
 
 import argparse
 import contextlib
+import io
 import os
 import select
 import shlex
@@ -13,13 +14,14 @@ import signal
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, NamedTuple, NoReturn
+from typing import IO, Any, NamedTuple, NoReturn
 from urllib.parse import quote
 
-from ipc_bridge.console import EXIT_INTERRUPTED, CommandLineError, report_error
-from ipc_bridge.errors import Error, Status
+from ipc_bridge.console import EXIT_INTERRUPTED, EXIT_STATUS, CommandLineError, report_error
+from ipc_bridge.errors import Error, Status, SystemError
 
 ROOT = Path(__file__).resolve().parents[3]
 LANGUAGES = {"cpp": "C++", "py": "Python"}
@@ -255,8 +257,27 @@ class Parser(argparse.ArgumentParser):
         raise CommandLineError(what, where) if colon else CommandLineError(message)
 
 
+class Output(io.FileIO):
+    """Standard output. A reader who has left (| head) has what he wanted: that is no error, and the
+    exit code stays what the program has found."""
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            return memoryview(data).nbytes
+
+
 def main(program: Callable[[Sequence[str]], int]) -> int:
-    """Run a program of the harness; whatever stops it, what it started ends as well."""
+    """Run a program of the harness; whatever stops it, what it started ends as well. A fault of its
+    own leaves no code that would be an answer: 1 says that a cell has failed, or regressed."""
+    if sys.stdout:
+        sys.stdout = io.TextIOWrapper(
+            io.BufferedWriter(Output(1, "w", closefd=False)),
+            encoding=sys.stdout.encoding,
+            errors=sys.stdout.errors,
+            line_buffering=sys.stdout.isatty(),
+        )
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # else nohup, or a shell's &, has a wish
             signal.signal(number, INTERRUPTS.catch)
@@ -267,6 +288,14 @@ def main(program: Callable[[Sequence[str]], int]) -> int:
         return EXIT_INTERRUPTED
     except Error as error:
         return report_error(error)
+    except OSError as error:
+        with open(os.devnull, "w") as nowhere:  # for what standard output may not have taken
+            os.dup2(nowhere.fileno(), 1)
+        where = str(error.filename or "stdout")
+        return report_error(SystemError("write", error.errno or 0, where))
+    except Exception:
+        traceback.print_exc()
+        return EXIT_STATUS + Status.INTERNAL
     finally:
         for process in STARTED[:]:  # those whose `with` had not begun when the interrupt came
             end(process)

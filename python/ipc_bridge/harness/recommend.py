@@ -103,8 +103,14 @@ def fits(scheme: str, wanted: Wanted) -> bool:
     )
 
 
+def fitting_in(group: Group, wanted: Wanted) -> list[str]:
+    """What fits, of those that a setting has figures of."""
+    return [name for name in group.figures(wanted.pairing) if fits(name, wanted)]
+
+
 def nearest(document: Document, wanted: Wanted) -> Group:
-    """The setting of the run that is most like what is wanted. Raises Error: NOT_FOUND."""
+    """The setting of the run that is most like what is wanted, of those where something fits, if
+    there are. Raises Error: NOT_FOUND."""
     found = [
         group
         for group in groups(document)
@@ -115,6 +121,7 @@ def nearest(document: Document, wanted: Wanted) -> Group:
         and not group.cell.rate_hz
         and not group.cell.work_s
     ]
+    found = [group for group in found if fitting_in(group, wanted)] or found
     if not found:
         words = [wanted.op, pairing_label(wanted.pairing), wanted.wait, wanted.placement]
         what = f"the run has no cell like this: {' '.join(word for word in words if word)}"
@@ -132,7 +139,7 @@ def recommend_from(document: Document, wanted: Wanted) -> tuple[Group, list[Choi
     """The setting that was looked at, and what fits, best first. Raises Error: NOT_FOUND."""
     group = nearest(document, wanted)
     figures = group.figures(wanted.pairing)
-    fitting = [name for name in figures if fits(name, wanted)]
+    fitting = fitting_in(group, wanted)
     places = group.places(wanted.pairing, fitting)
     sign = 1 if group.best_is_low else -1
     choices = []

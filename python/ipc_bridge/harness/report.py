@@ -13,7 +13,7 @@ from typing import Any
 import click
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from ipc_bridge.errors import Error, Status
+from ipc_bridge.errors import Error, SystemError
 from ipc_bridge.harness.bench import RESULTS_DIR
 from ipc_bridge.harness.matrix import LARGE, SMALL
 from ipc_bridge.harness.options import RESULTS
@@ -71,8 +71,8 @@ def report(results: Path, out: Path | None) -> int:
     try:
         write(document, directory)
     except OSError as error:
-        what = error.strerror or "write"
-        raise Error(Status.PERMISSION_DENIED, what, str(error.filename or directory)) from None
+        at = str(error.filename or directory)
+        raise SystemError("write", error.errno or 0, at) from None
     click.echo(f"page: {directory / PAGE}")
     click.echo(f"table: {directory / MARKDOWN}")
     return 0

@@ -36,16 +36,17 @@ class SampleFile:
     early, and memory holds one round of one cell at a time."""
 
     def __init__(self, path: Path) -> None:
-        try:
+        self._path = path
+        with checked("open", path):
             self._zip = zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1)
-        except OSError as error:
-            raise Error(Status.PERMISSION_DENIED, error.strerror or "open", str(path)) from None
 
     def keep(self, cell: Cell, number: int, samples: Samples) -> None:
-        """The samples of a cell in a round; none are no entry."""
+        """The samples of a cell in a round; none are no entry. Raises Error, as closing does, if
+        they cannot be written."""
         if len(samples):
             small = samples.max() < 1 << 32
-            with self._zip.open(f"{cell.label()}/{number}.npy", "w") as file:
+            name = f"{cell.label()}/{number}.npy"
+            with checked("write", self._path), self._zip.open(name, "w") as file:
                 np.lib.format.write_array(file, samples.astype("<u4" if small else "<u8"))
 
     def __enter__(self) -> Self:
@@ -57,7 +58,8 @@ class SampleFile:
         error: BaseException | None,
         at: TracebackType | None,
     ) -> None:
-        self._zip.close()
+        with checked("write", self._path):
+            self._zip.close()
 
 
 # --- making a document ---
@@ -163,7 +165,7 @@ def load(where: Path) -> Document:
         raise Error(Status.INVALID_ARGUMENT, f"not readable: {error}", str(path)) from None
     try:
         found: Document = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Error(Status.INVALID_ARGUMENT, f"no JSON: {error}", str(path)) from None
     validate(found, str(path))
     return found
@@ -190,6 +192,10 @@ def validate(document: Document, where: str) -> None:
     """Raises Error: INVALID_ARGUMENT, which names the first fault."""
     import jsonschema  # here, as its start is slow and a run does not need it
 
+    found = document.get("format", FORMAT) if isinstance(document, dict) else FORMAT
+    if found != FORMAT:
+        what = f"results of another version: format {found!s:.20}, and this one reads {FORMAT}"
+        raise Error(Status.INVALID_ARGUMENT, what, where)
     fault = jsonschema.exceptions.best_match(
         jsonschema.Draft202012Validator(schema()).iter_errors(document)
     )
