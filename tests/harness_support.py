@@ -3,10 +3,13 @@
 import contextlib
 import io
 import os
+import pty
+import re
 import signal
 import subprocess
 import sys
 import tempfile
+import termios
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -54,6 +57,35 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
         finally:
             process.kill()
     return subprocess.CompletedProcess(words, process.returncode, out, errors)
+
+
+def run_on_terminal(*words: str, columns: int) -> tuple[int, str]:
+    """On a terminal: the exit code, and all that it showed, without its control sequences."""
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (40, columns))
+    environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    with temporary_directory() as temporary, os.fdopen(ours, "rb", buffering=0) as screen:
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "ipc_bridge.harness.cli", *words],
+                stdin=theirs,
+                stdout=theirs,
+                stderr=theirs,
+                env=environment | {"TMPDIR": str(temporary), "TERM": "xterm"},
+                cwd=ROOT,
+            )
+        finally:
+            os.close(theirs)
+        with process:
+            try:
+                shown = b""
+                with contextlib.suppress(OSError):  # EIO: all have closed it
+                    while part := screen.read(1 << 16):
+                        shown += part
+                process.wait(TIMEOUT_S)
+            finally:
+                process.kill()
+    return process.returncode, re.sub(r"\x1b\[[?0-9;]*[A-Za-z]", "", shown.decode())
 
 
 def call(*words: str) -> subprocess.CompletedProcess[str]:

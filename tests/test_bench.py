@@ -17,7 +17,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from harness_support import ROOT, TINY, bench, call, echo_round, run, start, temporary_directory
+from harness_support import (
+    ROOT,
+    TINY,
+    bench,
+    call,
+    echo_round,
+    run,
+    run_on_terminal,
+    start,
+    temporary_directory,
+)
 from ipc_bridge import load
 from ipc_bridge.endpoint import SCHEMES
 from ipc_bridge.errors import Error
@@ -286,6 +296,18 @@ def test_the_table_and_what_to_do_next(tmp_path: Path) -> None:
     assert f"results: {out}/results.json\n" in done.stdout
     assert f"ipc-bridge report {out}\n" in done.stdout
     assert "\x1b" not in done.stdout
+
+
+def test_a_terminal_sees_progress_and_the_whole_table(tmp_path: Path) -> None:
+    """Of the usual 80 columns."""
+    words = ["--transport", "unix", "--op", "echo", *TINY, "--out", str(tmp_path / "out")]
+    code, shown = run_on_terminal("bench", *words, columns=80)
+    assert code == 0, shown
+    assert re.search(r"% .*left +[-0-9:]+ round 1: ", shown), shown
+    _, title, table = shown.partition("echo 64B block same-core: median latency in us")
+    assert title
+    assert len(re.findall(r"\d \(1\)", table)) == 4, table
+    assert "\N{HORIZONTAL ELLIPSIS}" not in table
 
 
 def test_paced_calls_and_items_and_several_clients(tmp_path: Path) -> None:

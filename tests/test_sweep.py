@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from harness_support import call, run
+from harness_support import call, run, run_on_terminal
 from ipc_bridge.errors import Error, Status
 from ipc_bridge.harness import sweep
 from ipc_bridge.harness.matrix import Cell
@@ -107,3 +107,11 @@ def test_the_command() -> None:
     assert cell["rate_hz"] is None, "no call takes less than 1 us"
     assert len(cell["tried"]) >= 2
     assert all(one["p99_ns"] > 1000 for one in cell["tried"])
+
+
+def test_a_terminal_sees_progress_and_the_table() -> None:
+    words = ["--transport", "unix", "--p99", "1us", "--rounds", "1", "--duration", "0.05"]
+    code, shown = run_on_terminal("sweep", *words, columns=80)
+    assert code == 0, shown
+    assert "unix cpp-cpp echo 64B block free: 400/s" in shown
+    assert re.search(r"unix +cpp-cpp +1 +under 100 ", shown)

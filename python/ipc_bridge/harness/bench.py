@@ -312,7 +312,7 @@ def measure(
             save_took_s = saved_s - at_s
 
     with SampleFile(out / SAMPLES) as samples, progress_line() as line:
-        task = line.add_task("", total=None)
+        task = line.add_task("", total=None, what="")
 
         def show(done: int, total: int, text: str) -> None:
             rounds_done = runner.measured.rounds

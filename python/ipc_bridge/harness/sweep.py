@@ -164,7 +164,7 @@ def sweep(
     interrupted = False
     try:
         with progress_line() as line:
-            task = line.add_task("", total=len(cells))
+            task = line.add_task("", total=len(cells), what="")
             for cell in cells:
 
                 def measure(rate_hz: float, cell: Cell = cell) -> Probe:

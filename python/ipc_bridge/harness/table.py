@@ -121,12 +121,12 @@ def make_table(group: Group) -> Table:
     """One setting."""
     title = f"{group.title()}: {group.quantity()} (place; 2-4 is a tie)"
     table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
-    table.add_column("client -> server", no_wrap=True)
+    table.add_column("client -> server")  # where it is narrow, a figure's place is below it
     places = {}
     for pairing in group.pairings:
         places[pairing] = group.places(pairing)
-        table.add_column(pairing_label(pairing), justify="right", no_wrap=True)
-    table.add_column(OVERHEADS, justify="right", no_wrap=True)
+        table.add_column(pairing_label(pairing), justify="right")
+    table.add_column(OVERHEADS, justify="right")
     for transport in group.transports:
         row = [transport]
         for pairing in group.pairings:
