@@ -30,7 +30,7 @@
 namespace {
 
 constexpr std::size_t chunk_bytes = 16384;  // that of the shared-memory transport
-constexpr std::size_t chunks = 16;          // 256 KiB in all, as its ring
+constexpr std::size_t chunks = 16;          // 256 KiB in all: more gains nothing
 constexpr std::size_t size_bytes_max = std::size_t{1} << 30U;
 constexpr double seconds_max = 60.0;
 constexpr int core_max = CPU_SETSIZE - 1;

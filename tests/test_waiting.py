@@ -16,12 +16,13 @@ from pathlib import Path
 
 import pytest
 
+from ipc_bridge import _native
 from ipc_bridge.system import END, NEVER, WOULD_BLOCK, Listener, Stream, Wait, deadline_after
 from ipc_bridge.transports.shm_ring import Shm
 from ipc_bridge.transports.zeromq import ZmqTcp
 
 ROUNDS = 300  # of echo, each asleep at either end
-LARGE_BYTES = 1 << 20  # four times what a ring holds: its writer waits for room
+LARGE_BYTES = 4 * _native.CAPACITY_BYTES  # of a ring: its writer waits for room
 SLEEP_S = 20.0  # a bell that is missing costs so much, and fails
 TURNS_MAX = 100  # of a loop that wakes for nothing
 

@@ -30,10 +30,10 @@ namespace {
 
 using namespace ipc_bridge;
 
-constexpr int rounds = 300;                    // of echo, each asleep at either end
-constexpr std::size_t large_bytes = 1U << 20;  // four times what a ring holds: its writer waits
-constexpr int sleep_ms = 20'000;               // a bell that is missing costs so much, and fails
-constexpr int turns_max = 100;                 // of a loop that wakes for nothing
+constexpr int rounds = 300;                                    // of echo, each asleep at either end
+constexpr std::size_t large_bytes = 4 * ring::capacity_bytes;  // its writer waits for room
+constexpr int sleep_ms = 20'000;  // a bell that is missing costs so much, and fails
+constexpr int turns_max = 100;    // of a loop that wakes for nothing
 
 // On a descriptor, until it is readable; false: it never came.
 using Sleep = std::function<bool(int fd)>;
