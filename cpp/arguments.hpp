@@ -211,7 +211,8 @@ class HelpFormatter : public CLI::Formatter {
 inline std::vector<std::string> split(
     const std::vector<std::string>& words, const Command& command
 ) {
-    std::map<std::string, bool> takes_value;
+    std::map<std::string, bool> takes_value = {
+        {help_option.name, false}, {version_option.name, false}};
     for (const auto* options : {&command.options, &common_options}) {
         for (const Option& option : *options) {
             takes_value[option.name] = !option.value.empty();
@@ -219,6 +220,12 @@ inline std::vector<std::string> split(
     }
     std::vector<std::string> out;
     for (std::size_t i = 0; i < words.size(); ++i) {
+        if (words[i] == "--") {  // the libraries do not agree on what follows
+            throw CommandLineError("unknown option", words[i]);
+        }
+        if (words[i].starts_with("-h") && words[i].size() > 2) {
+            throw CommandLineError("this option takes no value", help_option.name);
+        }
         const std::size_t equals = std::min(words[i].find('='), words[i].size());
         const auto found = takes_value.find(words[i].substr(0, equals));
         if (found == takes_value.end() || (!found->second && equals == words[i].size())) {

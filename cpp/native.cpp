@@ -159,6 +159,20 @@ class PyRingStream : public RingStream {
     nb::object life_line_;  // Python's socket
 };
 
+// A URL, whose bytes need not be UTF-8: os.fsencode, and back.
+std::string encoded(const nb::str& text) {
+    const nb::object bytes = nb::steal(PyUnicode_EncodeFSDefault(text.ptr()));
+    if (!bytes.is_valid()) {
+        throw nb::python_error();
+    }
+    return {nb::borrow<nb::bytes>(bytes).c_str(), nb::borrow<nb::bytes>(bytes).size()};
+}
+nb::object decoded(const std::string& text) {
+    return nb::steal(
+        PyUnicode_DecodeFSDefaultAndSize(text.data(), static_cast<Py_ssize_t>(text.size()))
+    );
+}
+
 Wait wait_of(const std::string& name) {
     return name == "block" ? Wait::BLOCK : name == "spin" ? Wait::SPIN : Wait::ADAPTIVE;
 }
@@ -169,12 +183,12 @@ nb::tuple make(
     nb::object life_line,
     std::size_t capacity,
     const std::string& wait,
-    const std::string& where,
+    const nb::str& where,
     std::uint64_t start
 ) {
     auto [memory, fd] = ring::Memory::make(capacity, start);
     auto stream = std::make_unique<PyRingStream>(
-        std::move(life_line), std::move(memory), 0, wait_of(wait), where
+        std::move(life_line), std::move(memory), 0, wait_of(wait), encoded(where)
     );
     auto result = nb::make_tuple(nb::cast(std::move(stream)), fd.get());
     fd.release();
@@ -187,14 +201,15 @@ std::unique_ptr<PyRingStream> attach(
     int memory_fd,
     std::size_t capacity,
     const std::string& wait,
-    const std::string& where
+    const nb::str& where
 ) {
+    const std::string place = encoded(where);
     return std::make_unique<PyRingStream>(
         std::move(life_line),
-        ring::Memory::attach(memory_fd, capacity, where),
+        ring::Memory::attach(memory_fd, capacity, place),
         1,
         wait_of(wait),
-        where
+        place
     );
 }
 
@@ -250,15 +265,15 @@ void raise(const std::exception_ptr& error, void*) {
     try {
         std::rethrow_exception(error);
     } catch (const ProtocolError& broken) {
-        set("ProtocolError", broken.broken, broken.where);
+        set("ProtocolError", broken.broken, decoded(broken.where));
     } catch (const SystemError& failed) {
-        set("SystemError", failed.call, failed.error_number, failed.where);
+        set("SystemError", failed.call, failed.error_number, decoded(failed.where));
     } catch (const Error& other) {
         const auto status = static_cast<int>(other.status);
         set("Error",
             nb::module_::import_("ipc_bridge.errors").attr("Status")(status),
             other.message,
-            other.where);
+            decoded(other.where));
     }
 }
 

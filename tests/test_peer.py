@@ -72,6 +72,11 @@ WRONG = {  # what `abc` is told to be, by the name of the value
         ("echo unix:///x --payload x --pay=y", "unknown option, --pay"),
         ("echo unix:///x --payload x -l", "unknown option, -l"),
         ("echo unix:///x y --payload x", "one word too many, y"),
+        ("echo unix:///x --payload x -- y", "unknown option, --"),
+        ("echo unix:///x -- --payload", "unknown option, --"),
+        ("echo unix:///x -h=1", "this option takes no value, --help"),
+        ("echo --help=1", "this option takes no value, --help"),
+        ("echo --version=1", "this option takes no value, --version"),
         ("echo unix:///x --payload", "a value is missing, --payload"),
         ("echo unix:///x --payload x --json=1", "this option takes no value, --json"),
         ("stream unix:///x --count 1 --size abc", "'abc' is not a size, --size"),
@@ -442,6 +447,8 @@ def test_echo_prints_what_comes_back(language: str, server: str, url: str, tmp_p
         assert echoed("--payload", "hello") == b"hello\n"
         assert echoed("--payload=grüße", "--count", "3") == "grüße\n".encode()
         assert echoed("--payload", "--json") == b"--json\n"
+        assert echoed("--payload", "--") == b"--\n"
+        assert echoed("--payload==") == b"=\n"
         assert echoed("--payload", "") == b"\n"
         assert echoed("--payload=") == b"\n"
         assert echoed("--payload", "a", "--payload", "b") == b"b\n"
@@ -547,6 +554,18 @@ def test_words_that_are_not_utf8(language: str, runtime: Path) -> None:
     words = [*peer(language), "echo", url, "--payload", "x", "--timeout", "0"]
     error = subprocess.run(words, stderr=subprocess.PIPE, check=False).stderr
     assert error == b"error: UNAVAILABLE: no server, " + os.fsencode(url) + b"\n"
+
+
+@each_language
+@pytest.mark.parametrize(
+    "scheme", [scheme for scheme in SCHEMES if scheme != "stdio" and not scheme.endswith("tcp")]
+)
+def test_a_path_that_is_not_utf8(language: str, scheme: str, runtime: Path) -> None:
+    url = f"{scheme}://{runtime}/%FC"
+    with started(language, "serve", url) as server:
+        assert run(language, "echo", url, "--payload", "x").out == b"x\n"
+        server.terminate()
+        assert server.wait(EXIT_S) == 0
 
 
 def test_a_record_is_one_line() -> None:

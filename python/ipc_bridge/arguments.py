@@ -183,7 +183,7 @@ class Parser(argparse.ArgumentParser):
             raise CommandLineError("a value is missing", where)
         if where == "the following arguments are required":
             raise CommandLineError("a required word is missing", what)
-        raise CommandLineError("this option takes no value", where)
+        raise CommandLineError("this option takes no value", where.rpartition("/")[2])
 
     def _print_message(self, message: str, file: object = None) -> None:
         write_out(message.encode())
@@ -218,13 +218,17 @@ def make_parser(command: Command) -> Parser:
 
 
 def join(words: Sequence[str], command: Command) -> list[str]:
-    """`--name value` as `--name=value`: argparse takes no value that begins with a dash else."""
+    """`--name value` as `--name=value`: argparse takes no value that begins with a dash else. (And
+    never `--`: so each gets a `=` before it, which `Arguments` takes off.)"""
     names = {option.name for option in command.options + COMMON if option.value}
     joined = []
     rest = iter(words)
     for word in rest:
-        value = next(rest, None) if word in names else None
-        joined.append(word if value is None else f"{word}={value}")
+        if word == "--":  # the libraries do not agree on what follows
+            raise CommandLineError("unknown option", word)
+        name, equals, value = word.partition("=")
+        found = (value if equals else next(rest, None)) if name in names else None
+        joined.append(word if found is None else f"{name}=={found}")
     return joined
 
 
@@ -331,7 +335,7 @@ class Arguments:
 
     def _find(self, name: str) -> str | None:
         value: str | None = self._values.get(name[2:].replace("-", "_"))
-        return value
+        return value and value[1:]
 
     @staticmethod
     def _within(text: str, value: int, low: int, high: int, name: str) -> int:

@@ -89,7 +89,7 @@ class GrpcUnix(Grpc):
         deadline_ns = deadline_after(timeout)
         # Once by ourselves: gRPC asks nobody whose socket it is, and is slow to try again.
         self._address.connect(deadline_ns).close()
-        target = f"unix:{quote(self._address.path)}"
+        target = f"unix:{quote(os.fsencode(self._address.path))}"
         caller = RpcClient(target, None, [], self.url, window_bytes, payload_bytes_max)
         try:
             caller.meet(deadline_ns, "no server")
@@ -114,7 +114,7 @@ class GrpcUnix(Grpc):
         try:
             self._address.reclaim()
             return RpcServer(
-                f"unix:{quote(self._address.path)}",
+                f"unix:{quote(os.fsencode(self._address.path))}",
                 None,
                 lambda port: self.url,
                 cleanup,

@@ -83,7 +83,8 @@ class Zmq(Transport):
             what = "ZeroMQ has no spin: its own threads would starve; wait is block"
             raise Error(Status.INVALID_ARGUMENT, what, url)
         self.url = url
-        self._address = address
+        # As bytes, which need not be UTF-8.
+        self._address: Any = os.fsencode(address)
         self._curve = curve
 
     def connect(self, deadline_ns: int) -> Stream:
