@@ -3,10 +3,12 @@ thing, times at the edges, descriptors that run out. Its C++ twin is tests/cpp/t
 
 import array
 import contextlib
+import errno
 import logging
 import math
 import os
 import resource
+import socket
 import subprocess
 import sys
 import threading
@@ -42,6 +44,24 @@ def running(url: str, service: Service | None = None) -> Iterator[Callee]:
             server.stop()
             thread.join(ANSWER_S)
             assert not thread.is_alive()
+
+
+def test_a_tcp_server_that_goes_at_once_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may go before the client has asked who it is: that is no fault of the client's."""
+    ask = socket.socket.getpeername
+    went: list[socket.socket] = []
+
+    def gone(sock: socket.socket) -> Any:
+        if not went:
+            went.append(sock)
+            raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
+        return ask(sock)
+
+    with running("tcp://127.0.0.1:0") as server:
+        monkeypatch.setattr(socket.socket, "getpeername", gone)
+        with ipc_bridge.connect(server.url) as bridge:
+            assert went
+            assert bytes(bridge.echo(b"here", ANSWER_S)) == b"here"
 
 
 # --- who closes what ---

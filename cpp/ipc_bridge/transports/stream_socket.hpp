@@ -28,6 +28,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <initializer_list>
 #include <memory>
 #include <span>
 #include <string>
@@ -46,6 +47,9 @@ inline constexpr int send_buffer_bytes = 512 << 10;
 // Silence, then a probe a second unanswered: the host is gone (tcp(7)).
 inline constexpr int probe_after_s = 5;
 inline constexpr int probes = 5;
+// ENOTCONN: the server went at once, which getpeername(2) tells.
+inline constexpr std::initializer_list<int> later = {
+    ECONNREFUSED, ECONNRESET, ENOTCONN, EADDRNOTAVAIL, EHOSTUNREACH};
 
 // end_of_stream for the errors that mean that the peer has gone; others are thrown.
 inline std::ptrdiff_t end_of(int number) {
@@ -264,10 +268,7 @@ class Tcp : public Transport {
             return fd;
         };
         return std::make_unique<stream_socket::SocketStream>(
-            persist(
-                attempt, {ECONNREFUSED, ECONNRESET, EADDRNOTAVAIL, EHOSTUNREACH}, url, deadline_ns
-            ),
-            wait_
+            persist(attempt, stream_socket::later, url, deadline_ns), wait_
         );
     }
 
@@ -331,7 +332,9 @@ class Tcp : public Transport {
         Address here;
         Address there;
         ::getsockname(fd, here.get(), &here.size);
-        ::getpeername(fd, there.get(), &there.size);
+        if (::getpeername(fd, there.get(), &there.size) < 0) {
+            return errno;
+        }
         // A port of the ephemeral range with no server: TCP may meet itself there.
         const bool is_self =
             here.size == there.size && std::memcmp(&here.storage, &there.storage, here.size) == 0;

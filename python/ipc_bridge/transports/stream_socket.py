@@ -48,6 +48,14 @@ NOW_QUIETLY = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 # Of a Unix socket. Linux doubles it (socket(7)), so a frame of 1 MiB wakes its reader once; with
 # the default, 208 KiB, five times. net.core.wmem_max bounds it. (TCP sizes its own: tcp(7).)
 SEND_BUFFER_BYTES = 512 << 10
+# ENOTCONN: the server went at once, which getpeername(2) tells.
+LATER = (
+    errno.ECONNREFUSED,
+    errno.ECONNRESET,
+    errno.ENOTCONN,
+    errno.EADDRNOTAVAIL,
+    errno.EHOSTUNREACH,
+)
 PROBE_AFTER_S, PROBES = 5, 5  # silence, then a probe a second unanswered: the host is gone (tcp(7))
 
 
@@ -230,8 +238,7 @@ class Tcp(Transport):
                 raise
             return sock
 
-        later = (errno.ECONNREFUSED, errno.ECONNRESET, errno.EADDRNOTAVAIL, errno.EHOSTUNREACH)
-        return SocketStream(persist(attempt, later, self.url, deadline_ns), self._wait)
+        return SocketStream(persist(attempt, LATER, self.url, deadline_ns), self._wait)
 
     def listen(self) -> Listener:
         family, address = self._resolve()
