@@ -149,6 +149,20 @@ def test_a_bare_ring_is_named_once_nobody_has_it(
     assert leftovers(tmp_path)[str(path)] == f"rm {path}"
 
 
+def test_a_directory_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    """Else a slip of the pen would read as "none"."""
+    done = subprocess.run(
+        [sys.executable, "-m", "ipc_bridge.harness.cli", "doctor", str(tmp_path / "no")],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: INVALID_ARGUMENT: ")
+    assert f"'{tmp_path}/no' does not exist" in done.stderr
+
+
 def test_a_missing_tool_is_told() -> None:
     code, out = run(path="/nonexistent")
     assert code == 1

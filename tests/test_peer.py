@@ -289,6 +289,14 @@ def test_an_address_in_use(language: str, server: str, url: str, runtime: Path) 
 
 
 @each_language
+def test_a_server_of_another_scheme(language: str, url: str, runtime: Path) -> None:
+    with served(url, "cpp"):
+        other = f"shm://{runtime}/s"
+        line = f"error: INVALID_ARGUMENT: connect: Protocol wrong type for socket, {other}\n"
+        assert failed(run(language, "echo", other, "--payload", "x")) == (13, line)
+
+
+@each_language
 def test_a_port_in_use(language: str) -> None:
     with serving_own("tcp://127.0.0.1:0", make_service()) as at:
         line = f"error: ALREADY_EXISTS: bind: Address already in use, {at}\n"

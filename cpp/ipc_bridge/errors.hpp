@@ -124,6 +124,7 @@ inline Status status_of_errno(int number) {
         case EINVAL:
         case ENAMETOOLONG:
         case EADDRNOTAVAIL:
+        case EPROTOTYPE:  // another scheme's server is at this address
             return Status::INVALID_ARGUMENT;
         case ECONNREFUSED:
         case ECONNRESET:

@@ -98,6 +98,7 @@ _STATUS_OF_ERRNO = {
     errno.EINVAL: Status.INVALID_ARGUMENT,
     errno.ENAMETOOLONG: Status.INVALID_ARGUMENT,
     errno.EADDRNOTAVAIL: Status.INVALID_ARGUMENT,
+    errno.EPROTOTYPE: Status.INVALID_ARGUMENT,  # another scheme's server is at this address
     errno.ECONNREFUSED: Status.UNAVAILABLE,
     errno.ECONNRESET: Status.UNAVAILABLE,
     errno.EPIPE: Status.UNAVAILABLE,

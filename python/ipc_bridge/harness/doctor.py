@@ -252,8 +252,11 @@ def usual_directories() -> list[Path]:
     return [Path(tempfile.gettempdir()), Path(runtime), SHM]
 
 
+DIRECTORY = click.Path(exists=True, file_okay=False, path_type=Path)
+
+
 @click.command()
-@click.argument("directories", nargs=-1, type=click.Path(path_type=Path))
+@click.argument("directories", nargs=-1, type=DIRECTORY)
 @click.option("--json", "as_json", is_flag=True, help="one JSON array, for programs")
 def doctor(directories: tuple[Path, ...], as_json: bool) -> int:
     """Say what this machine allows and lacks, what was left behind, and what to do about it.
