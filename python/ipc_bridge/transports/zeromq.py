@@ -21,8 +21,8 @@ The traps, all of one kind: ZeroMQ hides what happens to a connection.
 - ZMQ_FD says that something may have changed, once: whoever sleeps on it looks at EVENTS before,
   after his last call to the socket. A zmq_recv(3) that waits does all that in one call, but sees
   no monitor, and pyzmq repeats it after a signal, with its whole timeout: so it is short, and not
-  done while a timer of setitimer(2) runs; other signals that come every few milliseconds put off
-  deadlines, and the news of a peer's death. (C++ comes back from each.)
+  done before a deadline while a timer of setitimer(2) runs; other signals that come every few
+  milliseconds put off deadlines, and the news of a peer's death. (C++ comes back from each.)
 - A second bind takes an ipc path over without a word: hence the lock, and a socket bound by us.
 
 Copy with it: zeromq_socket, zeromq_curve, zeromq_client, zeromq_server, errors, system,

@@ -47,11 +47,12 @@ class Poller(zmq.Poller):
 
 
 def is_far(deadline_ns: int) -> bool:
-    """Is there time to wait in zmq_recv(3)? Not while a timer (setitimer(2)) runs: its signals
-    might prolong that for ever."""
-    if signal.getitimer(signal.ITIMER_REAL)[1]:
-        return False
-    return deadline_ns == NEVER or deadline_ns - now_ns() > RECEIVE_MS * 1_000_000
+    """Is there time to wait in zmq_recv(3)? Not before a deadline while a timer (setitimer(2))
+    runs: its signals might prolong that for ever."""
+    if deadline_ns == NEVER:
+        return True
+    ticks = signal.getitimer(signal.ITIMER_REAL)[1]
+    return not ticks and deadline_ns - now_ns() > RECEIVE_MS * 1_000_000
 
 
 def is_readable(sock: zmq.Socket[bytes]) -> bool:
