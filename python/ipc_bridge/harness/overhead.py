@@ -256,7 +256,7 @@ def report(measured: Measured, is_stream: bool) -> dict[str, Any]:
 def make_table(found: Sequence[Measured], title: str, is_stream: bool) -> Table:
     """All cells; the ratio is the median of the rounds' ratios, with the least and the largest."""
     kind, unit = ("items/s", "") if is_stream else ("p50", " ns")
-    table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=0)
     for name in ("transport", "client", "server", "wait", "cores"):
         table.add_column(name, no_wrap=True)
     for name in (f"bare {kind}", f"pair {kind}", "ratio", "range"):
