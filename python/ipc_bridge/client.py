@@ -199,9 +199,10 @@ class Client:
         The connection lives after UsageError, TypeError, any status that a handler gave (its own
         UNAVAILABLE, too), and a deadline. What ends it: the server's end or farewell, whose status
         may be another than UNAVAILABLE (RESOURCE_EXHAUSTED: it is full, or hangs up on who reads no
-        answers); ProtocolError, SystemError and a fork; and a deadline met while the request was
-        still being sent. Each further call raises CallError, UNAVAILABLE, then: connect anew.
-        (gRPC does that by itself: there the connection lives after all but a fork.)
+        answers); ProtocolError, SystemError and a fork; a deadline met while the request was still
+        being sent; and what a signal's handler raises meanwhile, as Ctrl-C does. Each further call
+        raises CallError, UNAVAILABLE, then: connect anew. (gRPC does that by itself: there the
+        connection lives after all but a fork.)
         """
         session = self._session
         deadline_ns, left_ms = NEVER, 0
@@ -323,21 +324,27 @@ class Client:
         """The next event of the open call; what is due is written first. Raises CallError for an
         END that is not OK, and at the deadline."""
         session = self._session
-        while True:
-            if not session.decoder.is_clean():
-                event = self._decode()
-                if event is not None:
-                    return event
-            if session.outbox.size:
-                self._write()
+        try:
+            while True:
+                if not session.decoder.is_clean():
+                    event = self._decode()
+                    if event is not None:
+                        return event
                 if session.outbox.size:
-                    self._read_while_full()
-                    continue
-            try:
-                count = self._stream.read(session.decoder.space(), self._deadline_ns)
-            except Error as error:
-                self._lose(error)
-            self._took(count)
+                    self._write()
+                    if session.outbox.size:
+                        self._read_while_full()
+                        continue
+                try:
+                    count = self._stream.read(session.decoder.space(), self._deadline_ns)
+                except Error as error:
+                    self._lose(error)
+                self._took(count)
+        except Error:
+            raise
+        except BaseException:  # of a signal's handler, which may come between a read and its count
+            self.close()
+            raise
 
     def _took(self, count: int) -> None:
         """Take in what was read; at the deadline give the call up."""
@@ -393,17 +400,20 @@ class Client:
     def _write(self) -> None:
         """Write what can be written at once."""
         outbox = self._session.outbox
-        while outbox.size:
-            try:
+        try:
+            while outbox.size:
                 count = self._stream.try_write(outbox.buffers())
-            except Error as error:
-                self._lose(error)
-            if count > 0:
-                outbox.sent(count)
-            else:
-                if count == END:
-                    outbox.clear()  # why the server went may still stand in what it sent before
-                return
+                if count > 0:
+                    outbox.sent(count)
+                else:
+                    if count == END:
+                        outbox.clear()  # why the server went may still stand in what it sent before
+                    return
+        except Error as error:
+            self._lose(error)
+        except BaseException:  # as in `_event`
+            self.close()
+            raise
 
     def _expire(self) -> NoReturn:
         """The deadline has come: give the call up."""
