@@ -126,6 +126,17 @@ def test_with_one_core_the_floor_of_adaptive_blocks(monkeypatch: pytest.MonkeyPa
         assert floor_of(adaptive) == Floor("bare", "unix", 64, wait, "free")
 
 
+def test_with_one_core_no_floor_needs_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = UNIX._replace(placement="free")
+    cells = [free, free._replace(op="stream")]
+    monkeypatch.setattr("ipc_bridge.harness.matrix.cores_allowed", lambda: [3])
+    assert [floor.label() for floor in floors_of(cells)] == [
+        "bare unix 64B block free",
+        "copy 64B same-core",
+        "memcpy 64B same-core",
+    ]
+
+
 def test_overhead_runs_on_the_cores_of_bench(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of two physical cores, where the second that is allowed is the first's other thread."""
     monkeypatch.setattr("ipc_bridge.harness.overhead.core_pair", lambda: (0, 2))

@@ -121,7 +121,9 @@ def floor_of(cell: Cell) -> Floor | None:
     if cell.op == "stream":
         if cell.rate_hz or cell.work_s or not cell.size_bytes:
             return None
-        placement = "cross-core" if cell.placement == "free" else cell.placement
+        placement = cell.placement
+        if placement == "free":  # on both cores, where it may be
+            placement = "cross-core" if len(cores_allowed()) > 1 else "same-core"
         return Floor("copy", "", cell.size_bytes, "", placement)
     mechanism = traits(cell.transport).bare
     if not mechanism or not cell.size_bytes or not (build_dir() / "bare" / mechanism).exists():
@@ -138,7 +140,7 @@ def floors_of(cells: Iterable[Cell]) -> list[Floor]:
     """Each once, and what the machine can do at all, beside them."""
     cells = list(cells)
     found = dict.fromkeys(floor for floor in map(floor_of, cells) if floor)
-    if any(cell.placement != "same-core" for cell in cells):
+    if any(cell.placement != "same-core" for cell in cells) and len(cores_allowed()) > 1:
         found[Floor("line", "", 0, "spin", "cross-core")] = None
     for cell in cells:
         if cell.op == "stream" and cell.size_bytes:
