@@ -14,7 +14,14 @@ from harness_support import call, echo_round, made, stream_round
 from ipc_bridge.errors import Error
 from ipc_bridge.harness import results
 from ipc_bridge.harness.matrix import Cell, floor_of
-from ipc_bridge.harness.plots import cpu, intervals, latency_against_size, plots
+from ipc_bridge.harness.plots import (
+    cpu,
+    heat_maps,
+    intervals,
+    latency_against_size,
+    overheads,
+    plots,
+)
 from ipc_bridge.harness.recommend import Wanted, recommend_from, title_of
 from ipc_bridge.harness.report import caveats, markdown_table, table_of, write
 from ipc_bridge.harness.results import Document
@@ -126,6 +133,29 @@ def test_each_kind_of_plot_is_drawn() -> None:
             assert axes.get_title()
             if plot.section != "Pairings":
                 assert axes.get_xlabel()
+
+
+def test_servers_of_ones_own_have_room() -> None:
+    """Of ten pairings each point lies in the row of its transport, and a heat map has four."""
+    cells, floors = {}, {}
+    for transport in ("unix", "tcp", "pipe"):
+        for client in ("cpp", "py"):
+            for server in ("cpp", "py", "one", "two", "three"):
+                cell = Cell(transport, client, server, "echo", 64, "block", "same-core")
+                cells[cell] = [echo_round(n, 1e4) for n in range(1, 6)]
+                floor = floor_of(cell)
+                assert floor
+                floors[floor] = [{"round": n, "p50_ns": 9e3} for n in range(1, 6)]
+    (group,) = groups(made(cells, floors))
+    for plot in (intervals(group), *overheads(group)):
+        (axes,) = plot.canvas.axes
+        places = [y for bar in axes.containers for y in bar[0].get_ydata()]
+        assert len(places) == 30
+        assert len({round(y, 6) for y in places}) == 30
+        assert [round(y) for y in sorted(places)] == [0] * 10 + [1] * 10 + [2] * 10
+    maps = heat_maps(group)
+    assert len({plot.name for plot in maps}) == 3
+    assert [len(plot.canvas.axes[0].texts) for plot in maps] == [12, 12, 6]
 
 
 def test_one_size_makes_no_plot_against_size() -> None:

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure as Canvas
+from numpy.typing import NDArray
 
 from ipc_bridge.harness.matrix import setting_label, size_text
 from ipc_bridge.harness.results import Document, figure_of
@@ -44,7 +45,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = "osD^vP*X<>h"
 DASHES = ("-", "--", "-.", ":")
 HATCHES = ("", "////")
-PAIRINGS_MAX = 8  # in one plot
+PAIRINGS_EACH = 4  # of a heat map; more have no room for their figures, and make further maps
 LEGEND_LETTERS = 56  # of a row of a legend
 
 
@@ -73,7 +74,7 @@ def plots(document: Document) -> list[Plot]:
         found: list[Plot] = []
         for group in groups(document):
             if any(group.figures(pairing) for pairing in group.pairings):
-                found += [heat_map(group), intervals(group), cpu(group)]
+                found += [*heat_maps(group), intervals(group), cpu(group)]
                 found += [*overheads(group), *percentiles(group)]
         for draw in SIZE_PLOTS:
             found += draw(document)
@@ -92,6 +93,12 @@ def plain(axis: Axis) -> None:
 
     def between(value: float, _: object) -> str:
         low, high = sorted(axis.get_view_interval())
+        powers = 10.0 ** np.arange(np.floor(np.log10(low)), np.log10(high))
+        multiples = np.outer(powers, range(2, 10))
+        if (
+            (low <= multiples) & (multiples <= high)
+        ).sum() <= 1:  # so few: the ticks are even steps
+            return f"{value:,g}"
         decades = np.log10(high / low)
         shown = range(2, 10) if decades < 0.6 else (2, 3, 5) if decades < 2 else (2, 5)
         return f"{value:,g}" if round(value / 10 ** np.floor(np.log10(value))) in shown else ""
@@ -113,37 +120,58 @@ def legend(axes: Axes) -> None:
     axes.figure.legend(handles, labels, loc="outside lower center", ncols=columns)
 
 
-def row_height(rows: int) -> float:
+def row_height(rows: float) -> float:
     """Of a plot with so many rows."""
     return 1.1 + LINE_HEIGHT * rows
+
+
+def points_height(transports: Sequence[str], group: Group) -> float:
+    """Of a plot with a row a transport, and in it a point a pairing."""
+    return row_height(len(transports) * max(1.0, len(group.pairings) / PAIRINGS_EACH)) + 0.7
+
+
+def beside(number: int, group: Group) -> float:
+    """Of the n-th pairing's points: so far from the middle of their row, and never in another's."""
+    count = len(group.pairings)
+    return (number - (count - 1) / 2) * min(0.15, 0.8 / count)
 
 
 # --- one setting ---
 
 
-def heat_map(group: Group) -> Plot:
-    """Transports by pairings; the figure stands in each field."""
-    canvas, axes = make(height=row_height(len(group.transports) + 1))
+def heat_maps(group: Group) -> list[Plot]:
+    """Transports by pairings, all with the same shades; the figure stands in each field."""
     values = np.full((len(group.transports), len(group.pairings)), np.nan)
     for row, transport in enumerate(group.transports):
         for column, pairing in enumerate(group.pairings):
             if found := group.figure(transport, pairing):
                 values[row, column] = found.value
+    shades = np.log10(values)
+    low, high = float(np.nanmin(shades)), float(np.nanmax(shades))
+    return [
+        heat_map(group, values[:, at : at + PAIRINGS_EACH], at, low, high)
+        for at in range(0, len(group.pairings), PAIRINGS_EACH)
+    ]
+
+
+def heat_map(group: Group, values: NDArray[np.float64], at: int, low: float, high: float) -> Plot:
+    """That of the pairings from the one at `at`; `low` and `high` are what has the last shades."""
+    canvas, axes = make(height=row_height(len(group.transports) + 1))
+    pairings = group.pairings[at : at + PAIRINGS_EACH]
     colours = "Greys" if group.best_is_low else "Greys_r"
     shades = np.log10(values)
-    image = axes.imshow(shades, cmap=colours, aspect="auto", alpha=0.75)
-    low, high = image.get_clim()
+    axes.imshow(shades, cmap=colours, aspect="auto", alpha=0.75, vmin=low, vmax=high)
     for (row, column), value in np.ndenumerate(values):
         if np.isnan(value):
             text, dark = "-", False
         else:
-            share = (shades[row, column] - low) / (high - low or 1)
+            share = (float(shades[row, column]) - low) / (high - low or 1)
             text, dark = (
                 scaled(value, group.unit),
                 (share if group.best_is_low else 1 - share) > 0.6,
             )
         axes.text(column, row, text, ha="center", va="center", color="white" if dark else "black")
-    names = [pairing_label(pairing).replace(" -> ", "\n-> ") for pairing in group.pairings]
+    names = [pairing_label(pairing).replace(" -> ", "\n-> ") for pairing in pairings]
     axes.set_xticks(range(len(names)), names)
     axes.set_yticks(range(len(group.transports)), group.transports)
     axes.grid(visible=False)
@@ -152,18 +180,17 @@ def heat_map(group: Group) -> Plot:
     axes.set_title(title)
     best = "less" if group.best_is_low else "more"
     text = f"{group.unit} of each transport in each pairing, client -> server; {best} is better"
-    return Plot(file_name("pairings", group.title()), "Pairings", title, text, canvas)
+    name = file_name("pairings", group.title(), *([str(1 + at // PAIRINGS_EACH)] if at else []))
+    return Plot(name, "Pairings", title, text, canvas)
 
 
 def intervals(group: Group) -> Plot:
     """A dot and its interval for each transport, a marker a pairing."""
-    canvas, axes = make(height=row_height(len(group.transports)) + 0.7)
-    pairings = group.pairings[:PAIRINGS_MAX]
+    canvas, axes = make(height=points_height(group.transports, group))
     factor = {"us": 1e3, "MB/s": 1e6}.get(group.unit, 1)
-    for number, pairing in enumerate(pairings):
-        shift = (number - (len(pairings) - 1) / 2) * 0.15
+    for number, pairing in enumerate(group.pairings):
         points = [
-            (row + shift, *found)
+            (row + beside(number, group), *found)
             for row, transport in enumerate(group.transports)
             if (found := group.figure(transport, pairing))
         ]
@@ -192,19 +219,17 @@ def overheads(group: Group) -> list[Plot]:
     transports = [one for one in group.transports if one in have]
     if not transports:
         return []
-    canvas, axes = make(height=row_height(len(transports)) + 0.7)
-    for number, pairing in enumerate(group.pairings[:PAIRINGS_MAX]):
+    canvas, axes = make(height=points_height(transports, group))
+    for number, pairing in enumerate(group.pairings):
         points = [
-            (row, *found)
+            (row + beside(number, group), *found)
             for row, transport in enumerate(transports)
             if (found := group.figure(transport, pairing, "overhead"))
         ]
         if points:
             y, value, low, high = np.array(points).T
             look = style_of(number) | {"linestyle": "none", "label": pairing_label(pairing)}
-            axes.errorbar(
-                value, y + 0.15 * (number - 1.5), xerr=[value - low, high - value], **look
-            )
+            axes.errorbar(value, y, xerr=[value - low, high - value], **look)
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xscale("log")
     plain(axes.xaxis)
