@@ -100,7 +100,8 @@ def plain(axis: Axis) -> None:
         ).sum() <= 1:  # so few: the ticks are even steps
             return f"{value:,g}"
         decades = np.log10(high / low)
-        shown = range(2, 10) if decades < 0.6 else (2, 3, 5) if decades < 2 else (2, 5)
+        few = decades >= 2 or high >= 10_000  # 20,000 would touch 30,000
+        shown = range(2, 10) if decades < 0.6 else (2, 5) if few else (2, 3, 5)
         return f"{value:,g}" if round(value / 10 ** np.floor(np.log10(value))) in shown else ""
 
     axis.set_major_formatter(lambda value, _: f"{value:,g}")
