@@ -12,6 +12,9 @@ PYTEST_ARGS ?=
 comma  := ,
 VENV   := .venv/bin/python
 BUILD  := build$(if $(SANITIZE),/sanitize-$(subst $(comma),-,$(SANITIZE)))
+# A path as one word of a command, whatever is in it; a shell that left ~/ as it is meant home.
+home = $(if $(filter ~/%,$(1)),$(patsubst ~/%,$(HOME)/%,$(1)),$(1))
+path = '$(subst ','\'',$(call home,$(1)))'
 # One build at a time in a tree: the lock is on the directory itself, so nothing is left behind.
 LOCKED := flock --close .make
 
@@ -26,7 +29,7 @@ export TSAN_OPTIONS  ?= halt_on_error=1:second_deadlock_stack=1:suppressions=$(C
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup configure build known demo bench report test model calibrate lint format clean distclean export docs
+.PHONY: help setup configure build known named demo bench report test model calibrate lint format clean distclean export docs
 
 help:  ## list the targets
 	@echo "usage: make TARGET [NAME=value]"; echo
@@ -43,10 +46,10 @@ build: configure  ## build the C++ programs (SANITIZE=address,undefined or SANIT
 
 # The transports, from the map of URLs, and the short names: a wrong one shows before a long build.
 SCHEMES = $(shell sed -n '/^SCHEMES/,/^}/s/^ *"\(.*\)":.*/\1/p' python/ipc_bridge/endpoint.py)
-SHORT = $(sort $(filter-out $(SCHEMES),$(foreach one,$(SCHEMES),$(firstword $(subst +, ,$(one))))))
-KNOWN = $(SCHEMES) $(SHORT) all
+FAMILIES = $(sort $(foreach one,$(SCHEMES),$(firstword $(subst +, ,$(one)))))
+KNOWN = $(SCHEMES) $(filter-out $(SCHEMES),$(FAMILIES)) all
 known:
-	@$(if $(filter $(KNOWN),$(TRANSPORT)),,\
+	@$(if $(and $(filter 1,$(words $(TRANSPORT))),$(filter $(KNOWN),$(TRANSPORT))),,\
 	  echo "error: INVALID_ARGUMENT: unknown transport; known are $(KNOWN): $(TRANSPORT)" >&2; exit 2)
 
 demo: known configure  ## show the four pairings talk over one transport (TRANSPORT=unix)
@@ -54,10 +57,10 @@ demo: known configure  ## show the four pairings talk over one transport (TRANSP
 	@$(VENV) -m ipc_bridge.harness.demo $(TRANSPORT)
 
 bench: build  ## measure all transports and pairings (PROFILE=quick|full, OUT=DIR)
-	@$(VENV) -m ipc_bridge.harness.cli bench --profile $(PROFILE) $(if $(OUT),--out $(OUT))
+	@$(VENV) -m ipc_bridge.harness.cli bench --profile $(PROFILE) $(if $(OUT),--out $(call path,$(OUT)))
 
 report: setup  ## make pictures and a page of the newest results (RESULTS=DIR, OUT=DIR)
-	@$(VENV) -m ipc_bridge.harness.cli report $(RESULTS) $(if $(OUT),--out $(OUT))
+	@$(VENV) -m ipc_bridge.harness.cli report $(call path,$(RESULTS)) $(if $(OUT),--out $(call path,$(OUT)))
 
 # A worker a core: most tests wait more than they compute, and each has a directory of its own.
 test: build  ## run all tests (SANITIZE=..., PYTEST_ARGS='-k echo -x', or -n0: one at a time)
@@ -70,9 +73,14 @@ model: setup  ## explore the shm ring's protocol with store buffers, and with ea
 calibrate: build  ## count false alarms and misses of `ipc-bridge compare` over many made runs
 	@$(VENV) -m pytest tests/calibrate_compare.py -n auto $(PYTEST_ARGS)
 
-export: setup configure  ## copy a transport out (TRANSPORT=unix DEST=../mine EXPORT_ARGS='--name mine')
+named:
+	@$(if $(DEST),,echo "error: INVALID_ARGUMENT: DEST=DIRECTORY is missing" >&2; exit 2)
+	@$(if $(filter-out $(FAMILIES) all,$(or $(TRANSPORT),none)),\
+	  echo "error: INVALID_ARGUMENT: unknown transport; known are $(FAMILIES) all: $(TRANSPORT)" >&2; exit 2)
+
+export: named setup configure  ## copy a transport out (TRANSPORT=unix DEST=../mine EXPORT_ARGS='--name mine')
 	@$(LOCKED) cmake --build $(BUILD) --target proto-python
-	@$(VENV) -m ipc_bridge.harness.cli export $(TRANSPORT) $(or $(DEST),$(error DEST=DIRECTORY is missing)) $(EXPORT_ARGS)
+	@$(VENV) -m ipc_bridge.harness.cli export $(TRANSPORT) $(call path,$(DEST)) $(EXPORT_ARGS)
 
 MODULES = $(filter-out %_pb2 %_pb2_grpc %/load %/peer,$(basename $(wildcard \
 	python/ipc_bridge/[a-z]*.py python/ipc_bridge/transports/[a-z]*.py)))

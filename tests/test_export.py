@@ -317,11 +317,28 @@ def test_force_updates_what_was_not_edited(tmp_path: Path) -> None:
         (["udp"], r"unknown transport; known are .*, all, udp"),
         (["unix", "--name", "Bad-Name"], r"'Bad-Name' is no name .*, --name"),
         (["unix", "--name", "class"], r"'class' is no name .*, --name"),
+        (["unix", "--name", "template"], r"'template' is no name .*, --name"),
         (["unix", "--name", "json"], r"'json' is the name of something else, --name"),
+        (["unix", "--name", "pipe"], r"'pipe' is the name of something else, --name"),
+        (["unix", "--name", "unix"], r"'unix' is the name of something else, --name"),
+        (["zmq", "--name", "zmq"], r"'zmq' is the name of something else, --name"),
+        (["unix", "--name", "install"], r"'install' is the name of something else, --name"),
         (["unix", "--name", "thermostat"], r"'thermostat' is the name .*, --name"),
         ([], r"Missing argument .*"),
     ],
-    ids=["transport", "shape", "keyword", "module", "service", "nothing"],
+    ids=[
+        "transport",
+        "shape",
+        "keyword",
+        "cpp",
+        "module",
+        "libc",
+        "macro",
+        "package",
+        "target",
+        "service",
+        "nothing",
+    ],
 )
 def test_wrong_words_write_nothing(words: list[str], what: str, tmp_path: Path) -> None:
     done = export(*words, *([str(tmp_path / "new")] if words else []))
@@ -331,9 +348,33 @@ def test_wrong_words_write_nothing(words: list[str], what: str, tmp_path: Path) 
     assert os.listdir(tmp_path) == []
 
 
+def test_a_name_with_a_space(tmp_path: Path) -> None:
+    """The command that is told, and `make export`, take it as one word."""
+    said = exported("unix", str(tmp_path / "a b"), "--bare")
+    assert said.endswith(f"next: make -C '{tmp_path}/a b' smoke\n")
+
+    words = ["make", "-n", "-o", "setup", "-o", "configure", "export", "DEST=../it's  mine"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
+    line = next(line for line in done.stdout.splitlines() if " export unix " in line)
+    assert shlex.split(line)[-1] == "../it's  mine"
+
+
 def test_a_file_is_no_directory(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     done = export("unix", str(tmp_path / "file"))
 
     assert done.returncode == 16
     assert "this is not a directory" in done.stderr
+
+    done = export("unix", str(tmp_path / "file" / "below"))
+    assert re.fullmatch(r"error: NOT_FOUND: write: Not a directory, .*/below\n", done.stderr)
+
+
+def test_a_manifest_that_leads_out(tmp_path: Path) -> None:
+    project, outside = tmp_path / "project", tmp_path / "outside"
+    project.mkdir()
+    (project / ".exported.json").symlink_to(outside)
+    done = export("unix", str(project), "--force")
+
+    assert done.stderr.startswith("error: FAILED_PRECONDITION: this is no manifest")
+    assert os.listdir(tmp_path) == ["project"]

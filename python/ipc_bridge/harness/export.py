@@ -14,11 +14,13 @@ export knows what is still as it was written; it touches nothing else.
 """
 
 import ast
+import ctypes
 import hashlib
 import json
 import keyword
 import os
 import re
+import shlex
 import sys
 import tomllib
 from collections.abc import Iterable
@@ -28,7 +30,7 @@ import click
 
 import ipc_bridge
 from ipc_bridge.console import CommandLineError
-from ipc_bridge.errors import Error, Status
+from ipc_bridge.errors import Error, Status, SystemError
 from ipc_bridge.harness import parts
 from ipc_bridge.harness.parts import NANOBIND, PACKAGE, PROTO, SOURCES, SUFFIX, TREE, Transport
 
@@ -39,7 +41,20 @@ LANGUAGES = {"cpp": ["cpp"], "python": ["py"], "both": ["cpp", "py"]}
 TITLES = {"cpp": "C++", "py": "Python"}
 TOPS = {"cpp": "cpp", "py": "python"}
 NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
-TAKEN = {SERVICE, "transports", "tests", "std", "rounds"}  # names that mean something else there
+TAKEN = {SERVICE, "transports", "tests", "std", "rounds", "main"}  # they mean something else there
+TAKEN |= set(parts.PYTHON_PACKAGES)
+TAKEN |= {"unix", "linux"}  # gcc's macros
+TAKEN |= {"all", "clean", "help", "install", "package", "test"}  # CMake's own targets
+# Those that are not Python's as well.
+CPP_KEYWORDS = """
+    alignas alignof and_eq asm auto bitand bitor bool case catch char char8_t char16_t char32_t
+    co_await co_return co_yield compl concept const const_cast consteval constexpr constinit
+    decltype default delete do double dynamic_cast enum explicit export extern false float friend
+    goto inline int long mutable namespace new noexcept not_eq nullptr operator or_eq private
+    protected public register reinterpret_cast requires short signed sizeof static static_assert
+    static_cast struct switch template this thread_local throw true typedef typeid typename union
+    unsigned using virtual void volatile wchar_t xor xor_eq
+"""
 INIT = f'"""The library: how bytes travel. Leave it as it is; the service is in {SERVICE}/."""\n'
 
 Files = dict[str, str]  # path in the new project: text
@@ -253,9 +268,13 @@ def renamed(files: Files, name: str) -> Files:
 def check_name(name: str) -> None:
     """Raises CommandLineError unless it can name a package and a namespace."""
     stems = {path.stem for path in (SOURCES["py"] / PACKAGE).glob("*.py")}
-    if not NAME.fullmatch(name) or keyword.iskeyword(name) or name.endswith("_"):
+    is_keyword = keyword.iskeyword(name) or name in CPP_KEYWORDS.split()
+    if not NAME.fullmatch(name) or is_keyword or name.endswith("_"):
         raise CommandLineError(f"'{name}' is no name for a package and a namespace", "--name")
-    if name in sys.stdlib_module_names or name in TAKEN | (stems - {PACKAGE}):
+    # A namespace cannot share its name with a function or a type of libc: `pipe`, `key_t`.
+    is_in_libc = hasattr(ctypes.CDLL(None), name) or name.endswith("_t")
+    is_module = name in sys.stdlib_module_names
+    if is_module or is_in_libc or name in TAKEN | (stems - {PACKAGE}):
         raise CommandLineError(f"'{name}' is the name of something else", "--name")
 
 
@@ -313,9 +332,11 @@ def digest(data: bytes) -> str:
 def read_manifest(directory: Path) -> dict[str, str]:
     """What earlier exports wrote here. Raises Error: FAILED_PRECONDITION if it is not readable."""
     path = directory / MANIFEST
-    if not path.exists():
+    if not os.path.lexists(path):
         return {}
     try:
+        if path.is_symlink():
+            raise ValueError  # it may lead out
         files = json.loads(path.read_text())["files"]
         return {str(name): str(value) for name, value in files.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -383,8 +404,9 @@ def export(
     try:
         kept = write(files, directory, force)
     except OSError as error:
-        raise Error(Status.PERMISSION_DENIED, error.strerror or "", str(error.filename)) from None
+        raise SystemError("write", error.errno or 0, str(error.filename or directory)) from None
     for path in kept:
         click.echo(f"kept as it was: {path}")
     click.echo(sizes(files, bare))
-    click.echo(f"wrote {len(files) - len(kept)} files; next: make -C {directory} smoke")
+    smoke = f"make -C {shlex.quote(str(directory))} smoke"
+    click.echo(f"wrote {len(files) - len(kept)} files; next: {smoke}")
