@@ -221,6 +221,16 @@ def test_a_name_replaces_ours_everywhere(bare: list[str], tmp_path: Path) -> Non
     assert not list(tmp_path.rglob("*ipc_bridge*"))
 
 
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_readme_promises_no_wait_that_is_refused(transport: str, tmp_path: Path) -> None:
+    exported(transport, str(tmp_path))
+    readme = (tmp_path / "README.md").read_text()
+
+    offered = "`?wait=block|spin|adaptive`" in readme
+    assert offered == (transport not in ("zmq", "grpc"))
+    assert ("`FRAME.md` describes the wire" in readme) == (transport != "grpc")
+
+
 def test_only_what_a_transport_needs(tmp_path: Path) -> None:
     exported("unix", str(tmp_path))
 

@@ -7,7 +7,8 @@ with .in
     @NAME@        is filled in,
     @cpp LINE     is kept only if C++ is exported; likewise @py and @both, @venv if Python takes
                   packages, @cppproto and @pyproto if a half takes what protoc makes, @native if
-                  Python has a module in C++, @build if there is anything to compile.
+                  Python has a module in C++, @build if there is anything to compile, @proto if
+                  bridge.proto is there, @framed if a transport speaks FRAME.md.
 
 A manifest in the new project names every file that was written, with its SHA-256, so that a later
 export knows what is still as it was written; it touches nothing else.
@@ -23,7 +24,7 @@ import re
 import shlex
 import sys
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import click
@@ -128,6 +129,8 @@ def around(
     flags = {*languages, *["venv"] * has_venv, *["both"] * (len(languages) > 1)}
     flags |= {*["native"] * is_native, *["build"] * builds}
     flags |= {f"{language}proto" for language in languages if PROTO in foreign[language]}
+    flags |= {*["proto"] * bool({"cppproto", "pyproto"} & flags)}
+    flags |= {*["framed"] * any(one.name != "grpc" for one in chosen)}
     names = ", ".join(f"`{one.name}`" for one in chosen)
     values = {
         "VERSION": ipc_bridge.__version__,
@@ -149,7 +152,7 @@ def around(
     else:
         values |= by_hand(chosen, languages, run_python(kind, has_venv, "python3"))
     files = {"LICENSE": (TREE / "LICENSE").read_text()}
-    if {"cppproto", "pyproto"} & flags:
+    if "proto" in flags:
         files["proto/bridge.proto"] = (TREE / "proto" / "bridge.proto").read_text()
     for path in sorted((PROJECT / kind).rglob("*")):
         if not path.is_file() or (path.name == "CMakeLists.txt.in" and not builds):
@@ -230,8 +233,20 @@ def by_hand(chosen: list[Transport], languages: list[str], python: str) -> dict[
         "SERVE": serve,
         "CALL": call,
         "URLS": ", ".join(f"`{example_url(scheme)}`" for one in chosen for scheme in one.schemes),
+        "WAIT": " ".join(waiting({one.name for one in chosen})),
         "HEADS": "\n".join(f"## {head}\n" for head in heads),
     }
+
+
+def waiting(names: set[str]) -> Iterator[str]:
+    """What README says of ?wait=, which not all take alike (see `dial`)."""
+    if names - {"zmq", "grpc"}:
+        yield "`?wait=block|spin|adaptive` behind it says how that side waits (adaptive: 50 us of"
+        yield "polling, then asleep)."
+    if "zmq" in names:
+        yield "ZeroMQ waits in threads of its own: it refuses `?wait=spin`."
+    if "grpc" in names:
+        yield "gRPC waits in threads of its own: it takes `?wait=block` only."
 
 
 def example_url(scheme: str) -> str:
