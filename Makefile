@@ -60,7 +60,7 @@ bench: build  ## measure all transports and pairings (PROFILE=quick|full, OUT=DI
 	@$(VENV) -m ipc_bridge.harness.cli bench --profile $(PROFILE) $(if $(OUT),--out $(call path,$(OUT)))
 
 report: setup  ## make pictures and a page of the newest results (RESULTS=DIR, OUT=DIR)
-	@$(VENV) -m ipc_bridge.harness.cli report $(call path,$(RESULTS)) $(if $(OUT),--out $(call path,$(OUT)))
+	@$(VENV) -m ipc_bridge.harness.cli report $(if $(RESULTS),$(call path,$(RESULTS))) $(if $(OUT),--out $(call path,$(OUT)))
 
 # A worker a core: most tests wait more than they compute, and each has a directory of its own.
 test: build  ## run all tests (SANITIZE=..., PYTEST_ARGS='-k echo -x', or -n0: one at a time)
