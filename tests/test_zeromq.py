@@ -497,6 +497,28 @@ def test_keys(scheme: str, caller: str, server: str, tmp_path: Path) -> None:
 
 
 @of_servers
+def test_files_that_hold_no_keys(server: str, tmp_path: Path) -> None:
+    """Either end says so, whatever stands there; blanks between the words are no matter."""
+    make_keys(tmp_path / "a")
+    file = tmp_path / "some.keys"
+    file.touch(0o600)
+    ends = {
+        "server": ("serve", "zmq+tcp://127.0.0.1:0"),
+        "client": ("echo", f"zmq+ipc://{tmp_path}/none", "--payload", "x", "--timeout", "0.2"),
+    }
+    for end, (verb, url, *words) in ends.items():
+        lines = (tmp_path / "a" / f"{end}.keys").read_text().splitlines()
+        word = lines[3].split()[0]
+        # No character of Z85, or not of ASCII; more than 32 bits; of another length.
+        for key in ("~" * 40, "\u00e9" * 40, "\u00e9" * 20, "#" * 40, "0" * 39, "0" * 40 + " 0"):
+            file.write_text("\n".join([*lines[:3], f"{word} {key}"]))
+            code = run_client(server, verb, f"{url}?curve={file}", *words)
+            assert code == Exit.INVALID_ARGUMENT, (end, key)
+    file.write_text("\n".join(lines).replace(" ", " \t"))
+    assert run_client(server, verb, f"{url}?curve={file}", *words) == Exit.UNAVAILABLE
+
+
+@of_servers
 def test_beyond_loopback_it_takes_keys(server: str) -> None:
     assert run_client(server, "serve", "zmq+tcp://0.0.0.0:0") == Exit.PERMISSION_DENIED
 

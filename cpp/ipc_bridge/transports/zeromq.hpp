@@ -90,7 +90,9 @@ class Zmq : public Transport {
             check_refusal();
             const std::int64_t left_ns = deadline_ns - now_ns();
             if (left_ns <= 0) {
-                throw Error(Status::UNAVAILABLE, "no server", url);
+                const char* missing =
+                    keys ? "no server, or none that shares our keys" : "no server";
+                throw Error(Status::UNAVAILABLE, missing, url);
             }
             sleep_ns(std::min(pause_ns, left_ns));
             pause_ns = std::min(2 * pause_ns, connect_retry_ns[1]);

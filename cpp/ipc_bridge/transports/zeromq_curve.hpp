@@ -29,6 +29,19 @@ inline constexpr std::size_t key_characters = 40;
 // Of a file of keys: more clients than a server takes.
 inline constexpr std::size_t keys_bytes_max = 1U << 20;
 
+// False, unless the text is Z85 of 32 bytes. (Five characters can be more than 32
+// bits: what is encoded again must be the same.)
+inline bool decode(const std::string& text, std::string& raw) {
+    raw.assign(key_characters / 5 * 4, '\0');
+    if (text.size() != key_characters ||
+        !::zmq_z85_decode(reinterpret_cast<std::uint8_t*>(raw.data()), text.c_str())) {
+        return false;
+    }
+    char again[key_characters + 1];
+    ::zmq_z85_encode(again, reinterpret_cast<const std::uint8_t*>(raw.data()), raw.size());
+    return text == again;
+}
+
 // A file of CURVE keys (RFC 26), as `ipc-bridge curve-keys DIR` makes them for either end.
 //
 // A line is a word and a key: `secret` and `public` are one's own; at a client `server` is the
@@ -55,7 +68,8 @@ class CurveKeys {
                          : word == "server" ? &servers
                          : word == "client" ? &clients
                                             : nullptr;
-            if (!list || key.size() != key_characters || !more.empty()) {
+            std::string raw;
+            if (!list || !decode(key, raw) || !more.empty()) {
                 refuse("not a file of CURVE keys");
             }
             list->push_back(key);
@@ -126,9 +140,7 @@ class KeyChecker {
     KeyChecker(zmq::context_t& context, const CurveKeys& keys)
         : socket(context, zmq::socket_type::rep) {
         for (const std::string& key : keys.clients) {
-            std::string raw(key_characters / 5 * 4, '\0');
-            ::zmq_z85_decode(reinterpret_cast<std::uint8_t*>(raw.data()), key.c_str());
-            keys_.push_back(raw);
+            decode(key, keys_.emplace_back());
         }
         socket.set(zmq::sockopt::linger, 0);
         socket.bind(zap_address);

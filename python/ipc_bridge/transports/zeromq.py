@@ -97,7 +97,8 @@ class Zmq(Transport):
             self._check_refusal()
             left_ns = deadline_ns - now_ns()
             if left_ns <= 0:
-                raise Error(Status.UNAVAILABLE, "no server", self.url)
+                missing = "no server, or none that shares our keys" if keys else "no server"
+                raise Error(Status.UNAVAILABLE, missing, self.url)
             time.sleep(min(pause_s, left_ns / 1e9))
             pause_s = min(2 * pause_s, longest_s)
 

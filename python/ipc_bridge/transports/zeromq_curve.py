@@ -1,6 +1,7 @@
 """CURVE for ZeroMQ (RFC 26): files of keys, and who may come."""
 
 import os
+import struct
 
 import zmq
 import zmq.utils.z85
@@ -25,12 +26,12 @@ class CurveKeys:
         """Raises Error: NOT_FOUND, PERMISSION_DENIED unless it is ours alone, INVALID_ARGUMENT."""
         keys: dict[str, list[str]] = {"secret": [], "public": [], "server": [], "client": []}
         for line in self._read(path).splitlines():
-            word, _, key = line.strip().partition(" ")
+            word, *rest = line.split() or [""]
             if not word or word.startswith("#"):
                 continue
-            if word not in keys or len(key) != KEY_CHARACTERS:
+            if word not in keys or len(rest) != 1 or not _is_key(rest[0]):
                 raise Error(Status.INVALID_ARGUMENT, "not a file of CURVE keys", path)
-            keys[word].append(key)
+            keys[word].append(rest[0])
         if len(keys["secret"]) != 1 or len(keys["public"]) != 1 or len(keys["server"]) > 1:
             raise Error(Status.INVALID_ARGUMENT, "not a file of CURVE keys", path)
         self.path = path
@@ -67,6 +68,16 @@ class CurveKeys:
                 return os.read(fd, KEYS_BYTES_MAX).decode("utf-8", "replace")
         finally:
             os.close(fd)
+
+
+def _is_key(text: str) -> bool:
+    """Whether it is Z85 of 32 bytes; zmq.utils.z85 takes that for granted."""
+    if len(text) != KEY_CHARACTERS or not text.isascii():
+        return False
+    try:
+        return len(zmq.utils.z85.decode(text)) == KEY_CHARACTERS // 5 * 4
+    except (KeyError, struct.error):  # no character of Z85; five that are more than 32 bits
+        return False
 
 
 class KeyChecker:
