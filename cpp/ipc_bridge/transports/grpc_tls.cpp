@@ -1,7 +1,6 @@
 // The source of grpc_tls.hpp.
 #include <cerrno>
 #include <fstream>
-#include <iterator>
 #include <memory>
 #include <string>
 
@@ -17,8 +16,9 @@ namespace {
 // A file of keys, whole. Throws Error.
 std::string read_key(const std::string& path) {
     std::ifstream file(path, std::ios::binary);
-    std::string text{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
-    if (!file) {
+    std::string text;
+    std::getline(file, text, '\0');  // PEM has none: it is the whole file
+    if (!file.is_open() || file.bad()) {
         throw SystemError("open", errno != 0 ? errno : ENOENT, path);
     }
     return text;
