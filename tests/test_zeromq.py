@@ -460,6 +460,9 @@ def test_the_command_makes_private_keys_once(tmp_path: Path) -> None:
     again = subprocess.run(words, capture_output=True, text=True, check=False)
     assert again.returncode == Exit.ALREADY_EXISTS
     assert again.stderr.startswith("error: ALREADY_EXISTS: ")
+    os.unlink(paths[0])  # a new one would not fit the other
+    assert subprocess.run(words, capture_output=True, check=False).returncode == again.returncode
+    assert not os.path.exists(paths[0])
 
 
 @over_both

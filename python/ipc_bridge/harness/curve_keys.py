@@ -20,7 +20,7 @@ HEAD = "# CURVE keys of a {} (IPC Bridge, ZeroMQ). Keep them secret.\n"
 
 
 def make_keys(directory: Path) -> list[Path]:
-    """Write server.keys and client.keys, mode 0600. Raises Error: ALREADY_EXISTS."""
+    """Write server.keys and client.keys, mode 0600, or none. Raises Error: ALREADY_EXISTS."""
     server_public, server_secret = (key.decode() for key in zmq.curve_keypair())
     client_public, client_secret = (key.decode() for key in zmq.curve_keypair())
     with checked("mkdir", directory):
@@ -29,14 +29,19 @@ def make_keys(directory: Path) -> list[Path]:
         "server": f"secret {server_secret}\npublic {server_public}\nclient {client_public}\n",
         "client": f"secret {client_secret}\npublic {client_public}\nserver {server_public}\n",
     }
-    made = []
-    for name, text in texts.items():
-        path = directory / f"{name}.keys"
-        with checked("open", path):
-            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        with os.fdopen(fd, "w") as file:
-            file.write(HEAD.format(name) + text)
-        made.append(path)
+    made: list[Path] = []
+    try:
+        for name, text in texts.items():
+            path = directory / f"{name}.keys"
+            with checked("open", path):
+                fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            made.append(path)
+            with os.fdopen(fd, "w") as file:
+                file.write(HEAD.format(name) + text)
+    except BaseException:  # half a pair fits no other half
+        for path in made:
+            path.unlink()
+        raise
     return made
 
 
