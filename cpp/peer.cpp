@@ -10,7 +10,6 @@
 #include <atomic>
 #include <cstdint>
 #include <exception>
-#include <iostream>
 #include <map>
 #include <memory>
 #include <optional>

@@ -90,11 +90,15 @@ def test_a_closed_server_does_not_run(transport: str, runtime: Path) -> None:
 
 
 @over_transports
-def test_a_connection_closed_in_mid_stream_says_so(transport: str, runtime: Path) -> None:
+@pytest.mark.parametrize("ways", ["items", "batches"])
+def test_a_connection_closed_in_mid_stream_says_so(
+    ways: str, transport: str, runtime: Path
+) -> None:
     with running(listen_url(transport, runtime)) as server:
         for wait in Wait:
             with ipc_bridge.connect(f"{server.url}?wait={wait}", window_bytes=1) as bridge:
-                items = iter(bridge.stream(count=5, size=100_000, timeout=ANSWER_S))
+                stream = bridge.stream(count=5, size=100_000, timeout=ANSWER_S)
+                items: Iterator[Any] = iter(stream) if ways == "items" else stream.batches()
                 next(items)
                 bridge.close()
                 with pytest.raises(CallError, match="UNAVAILABLE: the connection is closed"):

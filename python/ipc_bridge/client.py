@@ -120,8 +120,7 @@ class Items:
         session = client._session
         try:
             while True:
-                if client._is_late():
-                    client._expire()
+                client._check_stream()
                 batch = session.batch()
                 if batch is not None:
                     yield batch
@@ -129,9 +128,7 @@ class Items:
                     yield session.decoder.batch_of_one()
                 else:
                     return
-                session.consumed()
-                if session.outbox.size:
-                    client._write()
+                client._consumed()
         finally:
             self._open = self._open and session.state == State.OPEN
             self.close()
@@ -158,10 +155,7 @@ class Items:
         session = client._session
         try:
             while True:
-                if session.state == State.CLOSED:  # by its owner, in mid-stream
-                    raise CallError(Status.UNAVAILABLE, "the connection is closed", client.url)
-                if client._is_late():
-                    client._expire()
+                client._check_stream()
                 views = session.items()
                 if views:
                     yield from views
@@ -169,9 +163,7 @@ class Items:
                     yield session.payload
                 else:
                     return
-                session.consumed()
-                if session.outbox.size:
-                    client._write()
+                client._consumed()
         finally:
             self._open = self._open and session.state == State.OPEN
 
@@ -345,6 +337,19 @@ class Client:
         except BaseException:  # of a signal's handler, which may come between a read and its count
             self.close()
             raise
+
+    def _check_stream(self) -> None:
+        """May more of its items be taken?"""
+        if self._session.state == State.CLOSED:  # by its owner, in mid-stream
+            raise CallError(Status.UNAVAILABLE, "the connection is closed", self.url)
+        if self._is_late():
+            self._expire()
+
+    def _consumed(self) -> None:
+        """All items handed out were used."""
+        self._session.consumed()
+        if self._session.outbox.size:
+            self._write()
 
     def _took(self, count: int) -> None:
         """Take in what was read; at the deadline give the call up."""

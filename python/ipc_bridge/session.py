@@ -34,9 +34,7 @@ from ipc_bridge.frame import (
 )
 
 SMALL_BYTES_MAX = JOIN_BYTES_MAX  # of a payload on a lane: it is joined with its header
-WINDOW_BYTES_DEFAULT = (
-    4 << 20
-)  # default: a few of the largest items that people stream, for full speed
+WINDOW_BYTES_DEFAULT = 4 << 20  # a few of the largest items that people stream, for full speed
 WINDOW_BYTES_LIMIT = 1 << 30
 _U32 = (1 << 32) - 1
 

@@ -95,9 +95,8 @@ def plain(axis: Axis) -> None:
         low, high = sorted(axis.get_view_interval())
         powers = 10.0 ** np.arange(np.floor(np.log10(low)), np.log10(high))
         multiples = np.outer(powers, range(2, 10))
-        if (
-            (low <= multiples) & (multiples <= high)
-        ).sum() <= 1:  # so few: the ticks are even steps
+        seen = (low <= multiples) & (multiples <= high)
+        if seen.sum() <= 1:  # so few: the ticks are even steps
             return f"{value:,g}"
         decades = np.log10(high / low)
         few = decades >= 2 or high >= 10_000  # 20,000 would touch 30,000
