@@ -1,5 +1,4 @@
 // Serves until SIGTERM or Ctrl-C:  thermostat-server URL
-#include <atomic>
 #include <csignal>
 #include <iostream>
 #include <string>
@@ -11,24 +10,29 @@
 
 namespace {
 
-std::atomic<ipc_bridge::Callee*> running = nullptr;  // what a signal stops
+ipc_bridge::Callee* running = nullptr;  // what a signal stops
 
 void stop(int /*number*/) {
-    if (ipc_bridge::Callee* server = running) {
-        server->stop();
-    }
+    running->stop();
 }
 
 int serve(const std::string& url) {
+    // The server's threads inherit the mask: so the handler runs in this thread alone, and never
+    // once the server is gone.
+    sigset_t signals;
+    sigemptyset(&signals);
+    sigaddset(&signals, SIGTERM);
+    sigaddset(&signals, SIGINT);
+    pthread_sigmask(SIG_BLOCK, &signals, nullptr);
     try {
         const auto server = ipc_bridge::listen(url, thermostat::make_service());
         running = server.get();
-        for (const int number : {SIGTERM, SIGINT}) {
-            std::signal(number, stop);
-        }
+        std::signal(SIGTERM, stop);
+        std::signal(SIGINT, stop);
+        pthread_sigmask(SIG_UNBLOCK, &signals, nullptr);
         std::cout << "ready " << server->url << std::endl;  // whoever starts us waits for this line
         server->run();
-        running = nullptr;
+        pthread_sigmask(SIG_BLOCK, &signals, nullptr);
     } catch (const ipc_bridge::Error& error) {
         std::cerr << "error: " << error.what() << '\n';
         return 1;

@@ -136,7 +136,14 @@ Service probe_service() {
     return service;
 }
 
-Callee* running = nullptr;  // for the signal handler
+Callee* running = nullptr;  // for the signal handler, in the main thread only: it destroys it
+
+void mask_sigterm(int how) {
+    sigset_t signals;
+    sigemptyset(&signals);
+    sigaddset(&signals, SIGTERM);
+    pthread_sigmask(how, &signals, nullptr);
+}
 
 int run_server(const Arguments& arguments) {
     ServeOptions options;
@@ -152,6 +159,7 @@ int run_server(const Arguments& arguments) {
         std::printf("ready %s\n", server->url.c_str());
         std::fflush(stdout);
     }
+    mask_sigterm(SIG_UNBLOCK);
     server->run();
     return 0;
 }
@@ -425,6 +433,9 @@ int main(int argc, char** argv) {
     parser.add_option("--clients-max", arguments.clients_max);
     parser.add_flag("--claims-not-to-block", arguments.claims_not_to_block);
     CLI11_PARSE(parser, argc, argv);
+    if (arguments.command == "serve") {
+        mask_sigterm(SIG_BLOCK);  // for all threads to come
+    }
     if (std::getenv("PROBE_ALARM") != nullptr) {
         pester();
     }
