@@ -1,11 +1,11 @@
 // The source of grpc_rpc.hpp.
 //
-// Which API, and why (gRPC 1.51; figures stand in docs/grpc.md): a client's thread that waits for
-// its answer polls the socket itself in the synchronous API; the callback API leaves that to
-// threads of its own, which have to wake it. For a server it is the other way round: in the
-// callback API the thread that read a request can answer it, and the next write of a stream needs
-// no thread to be woken. Its threads are few and must not be blocked, so that of handlers that may
-// block only one at a time runs there; the others have a thread.
+// Which API, and why (gRPC 1.51; figures stand in docs/grpc.md): a thread that waits should read
+// the socket itself, and go on with what it has read. In the synchronous API a client's does; a
+// server's wakes another first, to wait in its stead, and so do the threads of the callback API. In
+// the asynchronous API the threads are ours (`grpc_loop`): one, which answers what it has read, and
+// writes a stream's next item. It must not be blocked; of handlers that may block, one at a time
+// runs there, beside a second thread, and the others have a thread each.
 #include <netdb.h>
 #include <netinet/in.h>
 #include <sys/socket.h>
@@ -20,6 +20,7 @@
 #include <string>
 #include <utility>
 
+#include <grpc/grpc.h>
 #include <grpcpp/grpcpp.h>
 
 #include <ipc_bridge/errors.hpp>
@@ -37,9 +38,12 @@ using namespace grpc_rpc;
 namespace {
 
 // gRPC writes what it meets to stderr; what matters here reaches the caller as an Error. Whoever
-// wants its log sets GRPC_VERBOSITY.
-void quieten() {
+// wants its log sets GRPC_VERBOSITY. And it stays once it is here: when its last object goes, it
+// waits for a thread of its own, which may wait for a socket, for 10 s.
+void prepare() {
     ::setenv("GRPC_VERBOSITY", "NONE", 0);
+    static const bool stays = (::grpc_init(), true);
+    static_cast<void>(stays);
 }
 
 // RFC 3986 2.1, for a target of gRPC.
@@ -121,7 +125,7 @@ GrpcUnix::GrpcUnix(const std::string& path) : address_(path, "grpc+unix://" + pa
 }
 
 std::unique_ptr<Caller> GrpcUnix::connect(const ConnectOptions& options) {
-    quieten();
+    prepare();
     const std::int64_t deadline_ns = deadline_after(options.timeout);
     // Once by ourselves: gRPC asks nobody whose socket it is, and is slow to try again.
     address_.connect(deadline_ns).close();
@@ -137,7 +141,7 @@ std::unique_ptr<Caller> GrpcUnix::connect(const ConnectOptions& options) {
 }
 
 std::unique_ptr<Callee> GrpcUnix::serve(Service service, const ServeOptions& options) {
-    quieten();
+    prepare();
     auto lock = std::make_shared<Lock>(address_.path + ".lock");
     address_.reclaim();
     // The file is born with its mode. (umask(2) is the process's: others that make files now get
@@ -174,7 +178,7 @@ GrpcTcp::GrpcTcp(std::string host, int port, Keys keys, bool allow_remote)
 }
 
 std::unique_ptr<Caller> GrpcTcp::connect(const ConnectOptions& options) {
-    quieten();
+    prepare();
     const std::int64_t deadline_ns = deadline_after(options.timeout);
     const Place place = resolve(host_, port_, url);
     grpc::ChannelArguments arguments;
@@ -197,7 +201,7 @@ std::unique_ptr<Caller> GrpcTcp::connect(const ConnectOptions& options) {
 }
 
 std::unique_ptr<Callee> GrpcTcp::serve(Service service, const ServeOptions& options) {
-    quieten();
+    prepare();
     const Place place = resolve(host_, port_, url);
     const bool knows_clients = !keys_.ca.empty() && !keys_.cert.empty();
     if (!place.is_loopback && !knows_clients && !allow_remote_) {

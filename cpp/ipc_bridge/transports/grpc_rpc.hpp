@@ -26,8 +26,9 @@
 // gRPC is a session layer: this gives the faces of Client and Server, not a Stream. Its source is a
 // file of its own, so that nobody else waits for gRPC's headers to compile.
 //
-// Copy with it: bridge.proto, grpc_options, grpc_tls, grpc_client, grpc_calls, grpc_server, errors,
-// frame, session, system, unix_address, client, server.
+// Copy with it: bridge.proto, grpc_options, grpc_tls, grpc_client, grpc_loop, grpc_calls,
+// grpc_methods, grpc_health, grpc_server, errors, frame, session, system, unix_address, client,
+// server.
 // Run: ipc-bridge-peer serve grpc+unix:///tmp/demo.sock
 #pragma once
 

@@ -9,13 +9,14 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <thread>
 #include <utility>
 
+#include <grpcpp/ext/health_check_service_server_builder_option.h>
 #include <grpcpp/ext/proto_server_reflection_plugin.h>
 #include <grpcpp/grpcpp.h>
-#include <grpcpp/health_check_service_interface.h>
 
 #include <ipc_bridge/bridge.grpc.pb.h>
 #include <ipc_bridge/errors.hpp>
@@ -23,6 +24,9 @@
 #include <ipc_bridge/session.hpp>
 #include <ipc_bridge/system.hpp>
 #include <ipc_bridge/transports/grpc_calls.hpp>
+#include <ipc_bridge/transports/grpc_health.hpp>
+#include <ipc_bridge/transports/grpc_loop.hpp>
+#include <ipc_bridge/transports/grpc_methods.hpp>
 #include <ipc_bridge/transports/grpc_options.hpp>
 
 namespace ipc_bridge::grpc_rpc {
@@ -32,14 +36,33 @@ inline constexpr int request_window_bytes = 65535;
 // A stranger that says no HTTP/2 for so long is none of ours.
 inline constexpr int handshake_timeout_ms = 5000;
 
-// What gRPC's threads hold on to; it may outlive the server, if a handler does.
+// What the calls hold on to; it may outlive the server, if a handler does.
 struct Rooms {
-    Rooms(Service service, const ServeOptions& options)
-        : shared(std::move(service), options), bridge(shared) {}
+    Rooms(Service service, const ServeOptions& options) : shared(std::move(service), options) {}
+
+    // Await the first call of each method. Throws as Loop::start.
+    void open() {
+        loop->start(shared.service.blocks ? 2 : 1);
+        await<Unary<EchoMethod>>(bridge);
+        await<Unary<CallMethod>>(bridge);
+        await<Streaming<StreamMethod>>(bridge);
+        await<Streaming<CallStreamMethod>>(bridge);
+        await<Greeting>(bridge);
+        await<Check>(health);
+        await<Watch>(health);
+    }
 
     Shared shared;
-    BridgeService bridge;
-    std::unique_ptr<grpc::Server> server;
+    Bridge::AsyncService bridge;
+    HealthService health;
+    std::optional<Loop> loop;
+    std::unique_ptr<grpc::Server> server;  // ends before it
+
+  private:
+    template <class Call, class Of>
+    void await(Of& service) {
+        (new Call(shared, service, *loop))->start();
+    }
 };
 
 class RpcServer : public Callee {
@@ -58,10 +81,10 @@ class RpcServer : public Callee {
         : rooms_(std::make_shared<Rooms>(std::move(service), options)),
           cleanup_(std::move(cleanup)) {
         ServerSession(options.window_bytes, options.payload_bytes_max);  // a bad option shows now
-        // Health checking and reflection, as gRPC's own tools expect them.
-        grpc::EnableDefaultHealthCheckService(true);
+        // Health checking (ours: `grpc_health`) and reflection, as gRPC's own tools expect them.
         grpc::reflection::InitProtoReflectionServerBuilderPlugin();
         grpc::ServerBuilder builder;
+        builder.SetOption(std::make_unique<grpc::HealthCheckServiceServerBuilderOption>(nullptr));
         int port = 0;
         builder.AddListeningPort(address, credentials, &port);
         builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
@@ -79,6 +102,8 @@ class RpcServer : public Callee {
         builder.SetMaxSendMessageSize(-1);
         builder.SetMaxReceiveMessageSize(message_bytes(options.payload_bytes_max));
         builder.RegisterService(&rooms_->bridge);
+        builder.RegisterService(&rooms_->health);
+        rooms_->loop.emplace(builder.AddCompletionQueue());
         rooms_->server = builder.BuildAndStart();
         if (!rooms_->server && has_keys) {
             throw Error(Status::INVALID_ARGUMENT, "gRPC cannot listen with these keys", address);
@@ -86,9 +111,7 @@ class RpcServer : public Callee {
         if (!rooms_->server) {
             throw Error(Status::ALREADY_EXISTS, "gRPC cannot listen there", address);
         }
-        rooms_->server->GetHealthCheckService()->SetServingStatus(
-            Bridge::service_full_name(), true
-        );
+        rooms_->open();
         url = url_of_port(port);
     }
     ~RpcServer() override { close(); }
@@ -130,7 +153,7 @@ class RpcServer : public Callee {
             }
         }
         Shared& shared = rooms_->shared;
-        rooms_->server->GetHealthCheckService()->Shutdown();
+        leave(rooms_->health);
         const auto ended = std::make_shared<std::atomic<bool>>(false);
         const double grace_s = shared.options.grace_s;
         const std::int64_t cut_ns = deadline_after(grace_s + cut_s);
@@ -141,6 +164,7 @@ class RpcServer : public Callee {
                 GPR_CLOCK_MONOTONIC};
             rooms->server->Shutdown(by);
             rooms->server->Wait();
+            rooms->loop->finish();
             rooms->server.reset();
             const std::lock_guard lock(rooms->shared.mutex);
             *ended = true;
