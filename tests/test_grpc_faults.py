@@ -12,9 +12,12 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from grpc_support import (
     SEEN_S,
@@ -29,9 +32,37 @@ from ipc_bridge.bridge_pb2_grpc import BridgeStub
 from peer_support import client, ended, kill, run_client, served
 from probe_support import SMALL, Client, Server, elapsed, of_each_language
 from processes import cpu_s, fds, status_field, stopped
-from support import ANSWER_S, LANGUAGES, MIB, Exit, check_late, fixed_url, until, wait_until
+from support import ANSWER_S, EXIT_S, LANGUAGES, MIB, Exit, check_late, fixed_url, until, wait_until
+
+BRIDGE = "ipc_bridge.Bridge"
+SERVING = HealthCheckResponse.SERVING
+NOT_SERVING = HealthCheckResponse.NOT_SERVING
+SERVICE_UNKNOWN = HealthCheckResponse.SERVICE_UNKNOWN
 
 # --- starting and ending ---
+
+
+@of_servers
+def test_health_is_watched_to_the_end(server: str, place: Path) -> None:
+    """By who knows the service's name, and who does not; those that leave disturb nobody."""
+    with served(address("grpc+unix", place), server) as up, ExitStack() as stack:
+        channel = stack.enter_context(grpc.insecure_channel(f"unix:{place}/g"))
+        health: Any = HealthStub(channel)  # its package has no types
+        of = {name: HealthCheckRequest(service=name) for name in ("", BRIDGE, "nobody's")}
+        passing = [health.Watch(of[BRIDGE]) for _ in range(50)]
+        assert [next(watch).status for watch in passing] == [SERVING] * 50
+        for watch in passing:
+            watch.cancel()
+        watches = {name: health.Watch(request) for name, request in of.items()}
+        found = {name: next(watch).status for name, watch in watches.items()}
+        assert found == {"": SERVING, BRIDGE: SERVING, "nobody's": SERVICE_UNKNOWN}
+        assert health.Check(of[BRIDGE], timeout=ANSWER_S).status == SERVING
+        with pytest.raises(grpc.RpcError) as caught:
+            health.Check(of["nobody's"], timeout=ANSWER_S)
+        assert caught.value.code() == grpc.StatusCode.NOT_FOUND
+        up.process.terminate()
+        assert [next(watches[name]).status for name in ("", BRIDGE)] == [NOT_SERVING] * 2
+        assert up.process.wait(EXIT_S) == 0
 
 
 @of_servers
