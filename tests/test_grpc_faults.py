@@ -47,7 +47,7 @@ def test_health_is_watched_to_the_end(server: str, place: Path) -> None:
     """By who knows the service's name, and who does not; those that leave disturb nobody."""
     with served(address("grpc+unix", place), server) as up, ExitStack() as stack:
         channel = stack.enter_context(grpc.insecure_channel(f"unix:{place}/g"))
-        health: Any = HealthStub(channel)  # its package has no types
+        health: Any = HealthStub(channel)
         of = {name: HealthCheckRequest(service=name) for name in ("", BRIDGE, "nobody's")}
         passing = [health.Watch(of[BRIDGE]) for _ in range(50)]
         assert [next(watch).status for watch in passing] == [SERVING] * 50
@@ -62,6 +62,7 @@ def test_health_is_watched_to_the_end(server: str, place: Path) -> None:
         assert caught.value.code() == grpc.StatusCode.NOT_FOUND
         up.process.terminate()
         assert [next(watches[name]).status for name in ("", BRIDGE)] == [NOT_SERVING] * 2
+        assert [next(watch, None) for watch in watches.values()] == [None] * 3  # none is cut
         assert up.process.wait(EXIT_S) == 0
 
 

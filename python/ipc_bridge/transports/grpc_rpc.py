@@ -26,8 +26,8 @@ and the last two again for the client; then ?ca=ca.pem&cert=server.pem&key=serve
 gRPC is a session layer: this gives the faces of Client and Server, not a Stream. Handlers run in a
 pool of threads, one for each call: a stream that takes long holds up nobody.
 
-Copy with it: bridge.proto, grpc_options, grpc_tls, grpc_client, grpc_calls, grpc_server, errors,
-frame, session, system, unix_address, client, server.
+Copy with it: bridge.proto, grpc_options, grpc_tls, grpc_client, grpc_calls, grpc_health,
+grpc_server, errors, frame, session, system, unix_address, client, server.
 Run: python -m ipc_bridge.peer serve grpc+unix:///tmp/demo.sock
 """
 

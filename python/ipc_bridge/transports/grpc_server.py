@@ -4,13 +4,13 @@ grpc_rpc."""
 import select
 import threading
 from collections.abc import Callable
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future
 from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Self
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from ipc_bridge.bridge_pb2 import DESCRIPTOR as BRIDGE
@@ -21,6 +21,7 @@ from ipc_bridge.server import CUT_S
 from ipc_bridge.session import WINDOW_BYTES_DEFAULT, ServerSession
 from ipc_bridge.system import Wakeup
 from ipc_bridge.transports.grpc_calls import SPARE_THREAD, RpcServicer
+from ipc_bridge.transports.grpc_health import Health
 from ipc_bridge.transports.grpc_options import KEEPALIVE_MS, message_bytes
 
 REQUEST_WINDOW_BYTES = 65535  # HTTP/2's default; a Unix socket's buffer has three times as much
@@ -199,7 +200,7 @@ class RpcServer:
             if self._closed:
                 return
             self._closed = True
-        self._health.enter_graceful_shutdown()
+        self._health.leave()
         ended = self._server.stop(self._grace_s + CUT_S)
         if not ended.wait(self._grace_s):
             for call in list(self._servicer.running):
@@ -211,15 +212,11 @@ class RpcServer:
             self._wakeup.close()
 
 
-def _tell_about(server: grpc.Server) -> health.HealthServicer:
+def _tell_about(server: grpc.Server) -> Health:
     """Health checking and reflection, as gRPC's own tools expect them."""
-    servicer = health.HealthServicer(
-        experimental_non_blocking=True, experimental_thread_pool=ThreadPoolExecutor(1, "health")
-    )
-    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
     name = BRIDGE.services_by_name["Bridge"].full_name
-    for service in ("", name):
-        servicer.set(service, health_pb2.HealthCheckResponse.SERVING)
+    servicer = Health("", name)
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
     names = (name, health.SERVICE_NAME, reflection.SERVICE_NAME)
     reflection.enable_server_reflection(names, server)
     return servicer
