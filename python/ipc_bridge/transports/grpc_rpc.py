@@ -1,8 +1,8 @@
 """gRPC: `grpc+unix` and `grpc+tcp`, the service of bridge.proto as any gRPC client sees it.
 
 Pick it when others are to call the service too: other languages, grpcurl, proxies, and their tools.
-It is slow, with Python the slowest of all: every call is a stream of HTTP/2, with its own headers, and every
-payload goes through protobuf.
+It is slow, with Python the slowest of all: every call is a stream of HTTP/2, with its own headers,
+and every payload goes through protobuf.
 
 Meeting: gRPC's own. On a Unix socket a lock beside the path comes first, for gRPC's servers take
 each other's paths; `grpc+tcp` serves other hosts only with keys (mutual TLS).
