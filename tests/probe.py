@@ -95,6 +95,13 @@ def abort(call: Call, request: memoryview) -> Iterator[Item]:
         raise Error(Status.ABORTED, "enough")
 
 
+def give_and_sleep(call: Call, request: memoryview) -> Iterator[Item]:
+    with counts.alive():
+        for _ in range(3):
+            yield bytes(64)
+        call.sleep(60.0)
+
+
 def flood(call: Call, request: memoryview) -> Iterator[Item]:
     block = bytes(4096)
     with counts.alive():
@@ -115,6 +122,7 @@ def probe_service() -> Service:
     service.streaming(16, flood)
     service.unary(17, lambda call, request: str(counts.made).encode())
     service.unary(18, lambda call, request: str(counts.ended).encode())
+    service.streaming(19, give_and_sleep)
     return service
 
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,18 @@ from ipc_bridge.bridge_pb2_grpc import BridgeStub
 from peer_support import client, ended, kill, run_client, served
 from probe_support import SMALL, Client, Server, elapsed, of_each_language
 from processes import cpu_s, fds, status_field, stopped
-from support import ANSWER_S, EXIT_S, LANGUAGES, MIB, Exit, check_late, fixed_url, until, wait_until
+from support import (
+    ANSWER_S,
+    EXIT_S,
+    LANGUAGES,
+    MIB,
+    SLOW,
+    Exit,
+    check_late,
+    fixed_url,
+    until,
+    wait_until,
+)
 
 BRIDGE = "ipc_bridge.Bridge"
 SERVING = HealthCheckResponse.SERVING
@@ -172,6 +184,21 @@ def test_a_sleeping_handler_learns_of_its_clients_end(
         leave()
         wait_until(lambda: control.number(18) == 1, SEEN_S, "it has ended")
         assert control.number(14) == 0
+
+
+@of_servers
+@pytest.mark.parametrize("options", [(), ("--claims-not-to-block",)])
+@pytest.mark.parametrize("method", [15, 19])
+def test_items_are_sent_before_anything_else(
+    method: int, options: tuple[str, ...], server: str, place: Path
+) -> None:
+    """Those that were made before the handler fails, or sleeps; also where a batch of several is
+    the first to be sent, of which gRPC may keep some for a while."""
+    with Server(server, address("grpc+unix", place), *options) as up, connect(up.url) as bridge:
+        items = bridge.call_stream(method, timeout=4.0 * SLOW)  # keep-alive would send them after 5
+        assert [len(item) for item in islice(items, 3)] == [64] * 3
+        items.close()
+        assert bytes(bridge.echo(b"next", timeout=ANSWER_S)) == b"next"
 
 
 def test_a_call_without_a_thread_is_refused(place: Path) -> None:

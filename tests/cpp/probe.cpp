@@ -110,6 +110,16 @@ Producer abort_early(Call& /*call*/, Bytes /*request*/) {
     };
 }
 
+Producer give_and_sleep(Call& call, Bytes /*request*/) {
+    return [&call, left = 3, alive = std::make_shared<Alive>()]() mutable -> std::optional<Item> {
+        if (left-- == 0) {
+            call.sleep(60.0);
+            return std::nullopt;
+        }
+        return Payload(std::string(64, '\0'));
+    };
+}
+
 Producer flood(Call& /*call*/, Bytes /*request*/) {
     const auto block = std::make_shared<const std::vector<std::byte>>(4096);
     return [block, alive = std::make_shared<Alive>()]() -> std::optional<Item> {
@@ -133,6 +143,7 @@ Service probe_service() {
     service.streaming(16, flood);
     service.unary(17, number(counts.made));
     service.unary(18, number(counts.ended));
+    service.streaming(19, give_and_sleep);
     return service;
 }
 

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <exception>
+#include <functional>
 #include <mutex>
 #include <optional>
 #include <string>
@@ -56,6 +57,7 @@ class RpcCall : public Call {
     std::condition_variable changed;
     // The loop whose only thread its handler holds up: it has to look there itself. Else null.
     Loop* held_up = nullptr;
+    std::function<void()> before_handing_over;
 
     bool is_cancelled() override {
         if (held_up != nullptr) {
@@ -66,6 +68,9 @@ class RpcCall : public Call {
 
     void sleep(double seconds) override {
         if (held_up != nullptr) {
+            if (before_handing_over) {
+                before_handing_over();
+            }
             held_up->hand_over();
             held_up = nullptr;
         }

@@ -1,6 +1,6 @@
 // gRPC's completion queue: what has come about, and the threads that see to it.
 //
-// gRPC reads, writes and looks at the time in the threads that wait for the queue. If no handler
+// gRPC reads and writes in the threads that wait for the queue. If no handler
 // blocks that is one: a second one would have to be woken for each event, to go on waiting, which
 // costs a third of an echo. If handlers may block there are two: one waits while the other runs a
 // handler. A handler that sleeps though it was said not to block hands the loop over.
@@ -11,7 +11,7 @@
 #include <deque>
 #include <list>
 #include <memory>
-#include <system_error>
+#include <mutex>
 #include <thread>
 #include <utility>
 
@@ -124,16 +124,10 @@ class Loop {
     // For a handler that is about to sleep in the only thread: another goes on, this one ends after
     // the handler. Throws as `start`.
     void hand_over() {
-        threads_.remove_if([](Thread& one) {
-            if (one.done) {
-                one.thread.join();
-            }
-            return one.done.load();
-        });
         ++turn_;
         try {
             add_thread();
-        } catch (const Error&) {
+        } catch (...) {
             --turn_;
             throw;
         }
@@ -145,14 +139,23 @@ class Loop {
         std::atomic<bool> done = false;
     };
 
+    // (The mutex: a new thread may be the next to add one before this is done with `thread`.)
     void add_thread() {
+        const std::lock_guard lock(mutex_);
+        threads_.remove_if([](Thread& one) {
+            const bool done = one.done;
+            if (done) {
+                one.thread.join();
+            }
+            return done;
+        });
         Thread& one = threads_.emplace_back();
         try {
             one.thread = std::thread([this, &one] {
                 run();
                 one.done = true;
             });
-        } catch (const std::system_error&) {
+        } catch (...) {  // the system's refusal, or no memory
             threads_.pop_back();
             throw Error(Status::RESOURCE_EXHAUSTED, no_thread);
         }
@@ -180,6 +183,7 @@ class Loop {
 
     std::unique_ptr<grpc::ServerCompletionQueue> queue_;
     std::atomic<std::size_t> uses_ = 0;
+    std::mutex mutex_;
     std::list<Thread> threads_;
     std::atomic<unsigned> turn_ = 0;               // rises with each handing over
     std::deque<std::pair<Event*, bool>> waiting_;  // the only thread's; with two nobody looks

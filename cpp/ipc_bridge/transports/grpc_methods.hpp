@@ -151,8 +151,8 @@ class Unary : public Exchange<Method, Bridge::AsyncService> {
 };
 
 // A streaming call. Its items wait in a queue, from which they are written, one at a time. The loop
-// makes them, too, once the queue is empty, if no handler blocks; else, or from a pause on, a
-// thread of the call's own does.
+// makes them, too, once the queue is empty, if no handler blocks; else, or from a pause or a sleep
+// on, a thread of the call's own does.
 template <class Method>
 class Streaming : public Exchange<Method, Bridge::AsyncService> {
     using Base = Exchange<Method, Bridge::AsyncService>;
@@ -173,6 +173,11 @@ class Streaming : public Exchange<Method, Bridge::AsyncService> {
         } else if (has_thread_) {
             start_thread();
         } else {
+            call->before_handing_over = [this] {
+                const std::lock_guard lock(call->mutex);
+                has_thread_ = true;  // this one, from now on
+                write();
+            };
             make_and_write();
         }
     }
@@ -219,7 +224,9 @@ class Streaming : public Exchange<Method, Bridge::AsyncService> {
         if (!writing_ && !queue_.empty()) {
             writing_ = true;
             grpc::WriteOptions options;
-            if (queue_.size() > 1) {  // gRPC may keep it for the next: many leave at once
+            // gRPC may keep it for the next: many leave at once. (Not the first: gRPC 1.51 says
+            // nothing more of one that it keeps together with the headers.)
+            if (std::exchange(begun_, true) && queue_.size() > 1) {
                 options.set_buffer_hint();
             }
             responder.Write(queue_.front(), options, &written_);
@@ -252,9 +259,10 @@ class Streaming : public Exchange<Method, Bridge::AsyncService> {
         const grpc::Status status = guarded(*call, [&] {
             const std::int64_t until_ns = now_ns() + make_ns_max;
             do {
-                const std::optional<Item> item = make();
-                is_over = !item;
+                std::optional<Item> item = make();
+                is_over = !item || call->held_up == nullptr;
                 if (is_over) {
+                    follow(std::move(item));
                     return;
                 }
                 if (const auto* found = std::get_if<Pause>(&*item)) {
@@ -292,14 +300,19 @@ class Streaming : public Exchange<Method, Bridge::AsyncService> {
     void run(std::int64_t begin_ns) {
         end(guarded(*call, [&] {
             call->sleep_until(begin_ns);
-            while (const std::optional<Item> item = make()) {
-                if (const auto* pause = std::get_if<Pause>(&*item)) {
-                    call->sleep_until(pause->until_ns);
-                } else {
-                    put(std::get<Payload>(*item).bytes());
-                }
-            }
+            follow(make());
         }));
+    }
+
+    // From an item on to the end.
+    void follow(std::optional<Item> item) {
+        for (; item; item = make()) {
+            if (const auto* pause = std::get_if<Pause>(&*item)) {
+                call->sleep_until(pause->until_ns);
+            } else {
+                put(std::get<Payload>(*item).bytes());
+            }
+        }
     }
 
     // Queue an item, once there is room.
@@ -341,6 +354,7 @@ class Streaming : public Exchange<Method, Bridge::AsyncService> {
     std::deque<StreamItem> queue_;  // the first is being written
     StreamItem spare_;              // the last that was: a large buffer costs more than its bytes
     std::size_t queued_bytes_ = 0;
+    bool begun_ = false;  // to write
     bool writing_ = false;
     bool ended_ = false;  // the handler is done; `finish` with status_ after the queue
     grpc::Status status_;
