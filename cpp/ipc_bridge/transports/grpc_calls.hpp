@@ -229,9 +229,9 @@ class Exchange {
     Exchange& operator=(const Exchange&) = delete;
 
     void start() {
-        context.AsyncNotifyWhenDone(&over_);
+        context.AsyncNotifyWhenDone(over_.tag());
         auto* const queue = loop.queue();
-        (service.*Method::await)(&context, &request, &responder, queue, queue, &arrived_);
+        (service.*Method::await)(&context, &request, &responder, queue, queue, arrived_.tag());
     }
 
   protected:

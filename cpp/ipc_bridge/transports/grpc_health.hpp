@@ -102,9 +102,11 @@ class Check : public Exchange<CheckMethod, HealthService> {
             response.set_value(service.status_of(request.value()));
         }
         if (response.value() == HealthService::SERVICE_UNKNOWN) {
-            responder.FinishWithError({grpc::StatusCode::NOT_FOUND, "unknown service"}, &finished);
+            responder.FinishWithError(
+                {grpc::StatusCode::NOT_FOUND, "unknown service"}, finished.tag()
+            );
         } else {
-            responder.Finish(response, grpc::Status::OK, &finished);
+            responder.Finish(response, grpc::Status::OK, finished.tag());
         }
     }
 };
@@ -127,7 +129,7 @@ class Watch : public Exchange<WatchMethod, HealthService> {
             HealthService::Response response;
             response.set_value(status);
             writing_ = true;
-            responder.Write(response, &written_);
+            responder.Write(response, written_.tag());
         } else if (service.leaving) {
             end(grpc::Status::OK);  // the server waits for its calls
         }
@@ -164,7 +166,7 @@ class Watch : public Exchange<WatchMethod, HealthService> {
     void end(const grpc::Status& status) {
         ended_ = true;
         service.watches.erase(this);
-        responder.Finish(status, &finished);
+        responder.Finish(status, finished.tag());
     }
 
     EventOf<Watch> written_{*this, &Watch::written};

@@ -85,7 +85,7 @@ class Greeting : public Exchange<HelloMethod, Bridge::AsyncService> {
     void begin() override {
         HelloReply reply;
         reply.set_max_payload(shared.options.payload_bytes_max);
-        responder.Finish(reply, grpc::Status::OK, &finished);
+        responder.Finish(reply, grpc::Status::OK, finished.tag());
     }
 };
 
@@ -143,7 +143,7 @@ class Unary : public Exchange<Method, Bridge::AsyncService> {
         finish(status);
     }
 
-    void finish(const grpc::Status& status) { responder.Finish(reply_, status, &finished); }
+    void finish(const grpc::Status& status) { responder.Finish(reply_, status, finished.tag()); }
 
     std::uint32_t method_ = 0;
     std::string request_;
@@ -229,7 +229,7 @@ class Streaming : public Exchange<Method, Bridge::AsyncService> {
             if (std::exchange(begun_, true) && queue_.size() > 1) {
                 options.set_buffer_hint();
             }
-            responder.Write(queue_.front(), options, &written_);
+            responder.Write(queue_.front(), options, written_.tag());
         }
         return writing_;
     }
@@ -344,7 +344,7 @@ class Streaming : public Exchange<Method, Bridge::AsyncService> {
         }
     }
 
-    void finish(const grpc::Status& status) { responder.Finish(status, &finished); }
+    void finish(const grpc::Status& status) { responder.Finish(status, finished.tag()); }
 
     EventOf<Streaming> written_{*this, &Streaming::written};
     std::uint32_t method_ = 0;
