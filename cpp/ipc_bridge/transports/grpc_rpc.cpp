@@ -38,10 +38,14 @@ using namespace grpc_rpc;
 namespace {
 
 // gRPC writes what it meets to stderr; what matters here reaches the caller as an Error. Whoever
-// wants its log sets GRPC_VERBOSITY. And it stays once it is here: when its last object goes, it
-// waits for a thread of its own, which may wait for a socket, for 10 s.
-void prepare() {
+// wants its log sets GRPC_VERBOSITY.
+void quieten() {
     ::setenv("GRPC_VERBOSITY", "NONE", 0);
+}
+
+// gRPC stays once there was a server: when the last of its objects goes, it waits for a thread of
+// its own, which may wait for a server's socket, for 10 s.
+void stay() {
     static const bool stays = (::grpc_init(), true);
     static_cast<void>(stays);
 }
@@ -125,7 +129,7 @@ GrpcUnix::GrpcUnix(const std::string& path) : address_(path, "grpc+unix://" + pa
 }
 
 std::unique_ptr<Caller> GrpcUnix::connect(const ConnectOptions& options) {
-    prepare();
+    quieten();
     const std::int64_t deadline_ns = deadline_after(options.timeout);
     // Once by ourselves: gRPC asks nobody whose socket it is, and is slow to try again.
     address_.connect(deadline_ns).close();
@@ -141,7 +145,8 @@ std::unique_ptr<Caller> GrpcUnix::connect(const ConnectOptions& options) {
 }
 
 std::unique_ptr<Callee> GrpcUnix::serve(Service service, const ServeOptions& options) {
-    prepare();
+    quieten();
+    stay();
     auto lock = std::make_shared<Lock>(address_.path + ".lock");
     address_.reclaim();
     // The file is born with its mode. (umask(2) is the process's: others that make files now get
@@ -178,7 +183,7 @@ GrpcTcp::GrpcTcp(std::string host, int port, Keys keys, bool allow_remote)
 }
 
 std::unique_ptr<Caller> GrpcTcp::connect(const ConnectOptions& options) {
-    prepare();
+    quieten();
     const std::int64_t deadline_ns = deadline_after(options.timeout);
     const Place place = resolve(host_, port_, url);
     grpc::ChannelArguments arguments;
@@ -201,7 +206,8 @@ std::unique_ptr<Caller> GrpcTcp::connect(const ConnectOptions& options) {
 }
 
 std::unique_ptr<Callee> GrpcTcp::serve(Service service, const ServeOptions& options) {
-    prepare();
+    quieten();
+    stay();
     const Place place = resolve(host_, port_, url);
     const bool knows_clients = !keys_.ca.empty() && !keys_.cert.empty();
     if (!place.is_loopback && !knows_clients && !allow_remote_) {
